@@ -1,0 +1,119 @@
+"""Time, noise, velocity, and the maps between times: the vocabulary of every other file.
+
+A noisy latent is x_t = (1 - t) x_0 + t eps, t = 1 noise, t = 0 data; its velocity is v = dx_t/dt = eps - x_0 (Salt Eq. 1).
+Following v from t down to s < t is the flow map Phi^{t->s} (Salt Eq. 2); exact flow maps compose,
+Phi^{t->s} = Phi^{u->s} o Phi^{t->u} for t >= u >= s (Salt Eq. 3, the semigroup law). A network that predicts v gives the
+one-step Euler operator (Salt Eq. 5)
+
+    Psi^{t->s}(x_t) = x_t - (t - s) v(x_t, t)
+
+which is exact where the flow is straight and composes only as well as v is consistent: what sc_loss.py measures.
+
+A *grid* is a 1-D tensor of descending times without the final 0, 1 = t_1 > ... > t_K > 0. A K-step sampler visits the
+grid and lands on 0: Euler steps with Psi; the *CM solver* jumps to x_0 and re-noises to the next time with fresh noise.
+
+Everything takes a callable `velocity(x, t)` or plain tensors. t may be a float or any tensor whose axes are the leading
+axes of x: `b f` per frame, `b` per sample, or a scalar. Times stay in float32 or better, whatever the latents' dtype.
+"""
+
+import torch
+from torch import Tensor
+
+
+def warp(u, shift: float):
+    """Shift times towards noise: warp(u; s) = s u / (1 + (s - 1) u). Maps [0, 1] onto itself; u a float or tensor."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def schedule(steps: int, shift: float) -> Tensor:
+    """T^(K): the K-step grid warp(1), warp(1 - 1/K), ..., warp(1/K), float32 `K`. The grids of 2, 4, 8 steps nest.
+
+    With shift 5: K = 4 gives 1, .9375, .8333, .625; K = 2 gives 1, .8333 (CF++ Sec. 4).
+    """
+    if steps < 1:
+        raise ValueError(f"got {steps} steps, expected at least 1: change --steps")
+    return warp(torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1], shift).float()
+
+
+def like(t, x: Tensor) -> Tensor:
+    """t as a float tensor that broadcasts against x: its axes are the leading axes of x."""
+    t = torch.as_tensor(t, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
+    return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
+
+
+def add_noise(x0: Tensor, eps: Tensor, t) -> Tensor:
+    """x_t = (1 - t) x_0 + t eps."""
+    t = like(t, x0)
+    return ((1 - t) * x0 + t * eps).to(x0.dtype)
+
+
+def to_x0(x_t: Tensor, v: Tensor, t) -> Tensor:
+    """G = x_t - t v, the predicted clean latent (CF++ Eq. 4)."""
+    return (x_t - like(t, x_t) * v).to(x_t.dtype)
+
+
+def euler(x_t: Tensor, v: Tensor, t, s) -> Tensor:
+    """Psi^{t->s}(x_t) = x_t - (t - s) v, one Euler step (Salt Eq. 5)."""
+    return (x_t - (like(t, x_t) - like(s, x_t)) * v).to(x_t.dtype)
+
+
+def renoise(x_t: Tensor, v: Tensor, t, s, eps: Tensor) -> Tensor:
+    """One step of the CM solver: jump to x_0 = x_t - t v, then noise it to s with fresh eps."""
+    return add_noise(to_x0(x_t, v, t), eps, s)
+
+
+def guided(v_cond: Tensor, v_uncond: Tensor, w: float) -> Tensor:
+    """Classifier-free guidance v_u + w (v_c - v_u); w = 1 is the conditional velocity."""
+    return v_uncond + w * (v_cond - v_uncond)
+
+
+class Guided:
+    """A network whose velocity is guided: conditional and unconditional halves run as one batch.
+
+    Same call contract as the network, cache included (its cache holds both halves). null_text: `l d`, the embedding of
+    "no prompt" or of a negative prompt.
+    """
+
+    def __init__(self, net, null_text: Tensor, w: float):
+        self.net, self.null_text, self.w, self.new_cache = net, null_text, w, net.new_cache
+
+    def both(self, text):
+        return torch.cat([text, self.null_text.to(text).expand_as(text)])
+
+    def __call__(self, x, t, text, *, clean=None, **layout):
+        clean = None if clean is None else torch.cat([clean, clean])
+        v = self.net(torch.cat([x, x]), torch.cat([t, t]), self.both(text), clean=clean, **layout)
+        return guided(*v.chunk(2), self.w)
+
+    def append(self, cache, x0, text):
+        self.net.append(cache, torch.cat([x0, x0]), self.both(text))
+
+
+def flow_matching_loss(net, x0: Tensor, text: Tensor, t: Tensor, eps: Tensor, **layout) -> tuple[Tensor, dict]:
+    """E || v(x_t, t) - (eps - x_0) ||^2: the loss of every diffusion model here.
+
+    Bidirectional without a layout; teacher forcing (CF++ Stage 1) with chunk=n, clean=x0; the critic of dmd.py on
+    generated clips. x0, eps: `b f c h w`; t: `b f`. Gradient flows into net only (x0 is data).
+    """
+    v = net(add_noise(x0, eps, t), t, text, **layout)
+    loss = (v.float() - (eps - x0).float()).square().mean()
+    return loss, {"flow_matching": loss.detach()}
+
+
+def sample(velocity, noise: Tensor, grid: Tensor, solver: str = "euler") -> Tensor:
+    """Integrate from noise to data over a grid.
+
+    velocity: callable (x, t) -> v, t a float. noise: `b K ...`, noise[:, 0] the start and noise[:, k] what the CM solver
+    adds at grid[k] (Euler needs only K >= 1). Returns x_0 `b ...`. Gradients flow through everything.
+    """
+    check_solver(solver)
+    x, times = noise[:, 0], [*grid.tolist(), 0.0]
+    for k, (t, s) in enumerate(zip(times, times[1:])):
+        v = velocity(x, t)
+        x = renoise(x, v, t, s, noise[:, k + 1]) if solver == "cm" and s > 0 else euler(x, v, t, s)
+    return x
+
+
+def check_solver(solver: str):
+    if solver not in ("euler", "cm"):
+        raise ValueError(f"got solver {solver!r}, expected 'euler' or 'cm': change --solver")

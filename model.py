@@ -1,0 +1,427 @@
+"""The causal video diffusion transformer: Wan 2.1's network, made causal, with a key/value cache.
+
+A clip of latents `b f c h w` is cut into patches (tokens). Every frame carries its own time t; every token attends to
+tokens of the frames that its *layout* lets it see; text enters through cross-attention; out comes the velocity
+v = dx_t/dt = eps - x_0 (`b f c h w`). One set of weights serves four layouts, and they are all there is to "causal":
+
+    v = net(x, t, text)                        bidirectional: every frame sees every frame         (teacher, critic)
+    v = net(x, t, text, chunk=n)               diffusion forcing: a chunk sees earlier chunks and itself
+    v = net(x, t, text, chunk=n, clean=x0)     teacher forcing: a noisy chunk sees the earlier *clean* chunks and itself
+    v = net(x, t, text, cache=cache)           rollout: the next chunk sees the past that the cache holds, and itself
+    cache = net.new_cache(); net.append(cache, x0, text)    commit a finished chunk (at t = 0, without gradient)
+
+Teacher forcing and rollout are the same computation: run chunk by chunk with its clean past in the cache, the
+network returns what teacher forcing returns for all chunks at once (tests/test_model.py proves it).
+
+No mask is ever built. For chunk i, the clean and the noisy stream attend to the same clean past; they are stacked on
+the batch axis and attention is called once per chunk on [past | own chunk]. That is dense attention at exactly the
+needed cost, on any device, and the same code path as the cache.
+
+Parameter names and shapes are those of the official Wan 2.1 state dict, so `load_state_dict(strict=True)` is the loader.
+
+Glossary   b batch, f frames, c h w latent channels, height, width; n tokens; d model width; nh heads; dh head width.
+           t is in [0, 1], 1 = noise; Wan's 1000 appears only inside the time embedding.
+
+Where we differ from the public causal code, and why
+  - A forward only reads the cache, and what it reads carries no gradient: gradients stop at the chunk boundary. (In
+    the public code later chunks send gradient into earlier ones through in-place cache writes.)
+  - The cache holds keys *before* RoPE; positions are given when they are used. So a window can slide forever with
+    absolute positions (as in training) or with positions counted inside the live window (`relative=True`).
+  - Teacher forcing and diffusion forcing honour the window and the sink as the rollout does.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+def check_window(window, sink, chunk):
+    if window is not None and window < sink + chunk:
+        raise ValueError(f"window {window} cannot hold a sink of {sink} and a chunk of {chunk} frames: "
+                         f"give --window at least {sink + chunk}, or a smaller --sink or --chunk")
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    dim: int = 1536
+    ffn_dim: int = 8960
+    num_heads: int = 12
+    num_layers: int = 30
+    in_dim: int = 16  # latent channels
+    patch_size: tuple = (1, 2, 2)  # frames, height, width
+    freq_dim: int = 256  # width of the sinusoidal embedding of t
+    text_dim: int = 4096
+    text_len: int = 512
+    eps: float = 1e-6
+    window: int | None = None  # frames a frame may see, its own chunk included; None: all
+    sink: int = 0  # of these, how many are the first frames of the clip
+
+    def __post_init__(self):
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise ValueError(f"dim {self.dim} must split into num_heads {self.num_heads} heads of even width")
+        if self.patch_size[0] != 1:
+            raise ValueError(f"patch_size {self.patch_size}: a patch spans one frame, so the first number must be 1")
+        check_window(self.window, self.sink, chunk=1)
+
+
+SIZES = {
+    # 4 tokens of 5 x 5 RGB pixels per 10 x 10 frame, prompts of two words: see data.py
+    "toy": WanConfig(dim=96, ffn_dim=384, num_heads=8, num_layers=4, in_dim=3, patch_size=(1, 5, 5), freq_dim=64,
+                     text_dim=16, text_len=2),
+    "wan1.3b": WanConfig(),
+    "wan14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Positions: t and (frame, row, column)
+
+def sinusoid(t: Tensor, dim: int) -> Tensor:
+    """Sinusoidal embedding of Wan's timestep 1000 t. t `...` in [0, 1] -> `... dim`, [cos | sin], float32."""
+    freqs = torch.pow(10000, -torch.arange(dim // 2, device=t.device, dtype=torch.float64) / (dim // 2))
+    angle = 1000 * t.double()[..., None] * freqs
+    return torch.cat([angle.cos(), angle.sin()], dim=-1).float()
+
+
+def rope_angles(frames: Tensor, h: int, w: int, dh: int) -> Tensor:
+    """Rotation angles of the tokens of a list of frames, in the order f, h, w.
+
+    frames: frame positions `f`, any integers. Of the dh/2 rotated pairs, the first dh/2 - 2 (dh//6) turn with the frame,
+    the next dh//6 with the row, the last dh//6 with the column. Returns float64 `(f h w) dh/2`.
+    """
+    third = dh // 6
+
+    def angles(position, pairs):
+        return torch.outer(position.double(), torch.pow(10000, -torch.arange(pairs, dtype=torch.float64) / pairs))
+
+    f, device = len(frames), frames.device
+    grid = torch.cat([
+        angles(frames.cpu(), dh // 2 - 2 * third)[:, None, None].expand(f, h, w, -1),
+        angles(torch.arange(h), third)[None, :, None].expand(f, h, w, -1),
+        angles(torch.arange(w), third)[None, None, :].expand(f, h, w, -1),
+    ], dim=-1)
+    return rearrange(grid, "f h w p -> (f h w) p").to(device)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary position embedding: turn each pair of neighbouring channels of x `b n nh dh` by its angle."""
+    cos, sin = rope  # (n 1 dh/2)
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Dense attention, q `b n nh dh`, k and v `b m nh dh` -> `b n nh dh`. The only attention call in the project."""
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layouts: who sees whom. A layout is a function attend(layer, q, k, v) -> `b n nh dh`, q and k not yet rotated.
+
+def visible(past: int, chunk: int, window: int | None, sink: int) -> list[int]:
+    """The past frames that a chunk sees: all of them, or the first `sink` and the last `window - sink - chunk`."""
+    if window is None or past <= window - chunk:
+        return list(range(past))
+    return [*range(sink), *range(past - (window - sink - chunk), past)]
+
+
+class Cache:
+    """The clean past of a rollout: per layer its keys (before RoPE) and values, `b (f s) nh dh`, without gradient.
+
+    frames: the positions of the frames held. `next_frame` counts the frames committed so far, held or dropped.
+    """
+
+    def __init__(self, num_layers: int, window: int | None = None, sink: int = 0, relative: bool = False):
+        check_window(window, sink, chunk=1)
+        self.window, self.sink, self.relative = window, sink, relative
+        self.keys: list[Tensor | None] = [None] * num_layers
+        self.values: list[Tensor | None] = [None] * num_layers
+        self.frames: list[int] = []
+        self.next_frame = 0
+
+    def drop_hidden(self, chunk: int):
+        """Forget the frames that a next chunk of `chunk` frames cannot see, so that memory stays flat."""
+        check_window(self.window, self.sink, chunk)
+        keep = visible(len(self.frames), chunk, self.window, self.sink)
+        if len(keep) == len(self.frames):
+            return
+        def held(x):
+            return rearrange(x, "b (f s) nh dh -> b f s nh dh", f=len(self.frames))[:, keep].flatten(1, 2)
+        self.keys, self.values = [held(k) for k in self.keys], [held(v) for v in self.values]
+        self.frames = [self.frames[i] for i in keep]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network
+
+class Attention(nn.Module):
+    """Projections shared by self- and cross-attention; q and k are RMS-normalised over the full width, then split."""
+
+    def __init__(self, dim, num_heads, eps):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = nn.RMSNorm(dim, eps=eps), nn.RMSNorm(dim, eps=eps)
+
+    def forward(self, x, context, attend):
+        q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)
+        q, k, v = (rearrange(z, "b n (nh dh) -> b n nh dh", nh=self.num_heads) for z in (q, k, v))
+        return self.o(attend(q, k, v).flatten(2))
+
+
+def modulate(x, shift, scale):
+    """Adaptive layer norm: x `b (f s) d` with one shift and scale `b f d` per frame."""
+    x = x.unflatten(1, (shift.shape[1], -1))
+    return (x * (1 + scale[:, :, None]) + shift[:, :, None]).flatten(1, 2)
+
+
+def gated(x, y, gate):
+    """x + gate * y, one gate `b f d` per frame."""
+    return x + (y.unflatten(1, (gate.shape[1], -1)) * gate[:, :, None]).flatten(1, 2)
+
+
+class Block(nn.Module):
+    def __init__(self, c: WanConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(c.dim, c.eps, elementwise_affine=False)
+        self.self_attn = Attention(c.dim, c.num_heads, c.eps)
+        self.norm3 = nn.LayerNorm(c.dim, c.eps)
+        self.cross_attn = Attention(c.dim, c.num_heads, c.eps)
+        self.norm2 = nn.LayerNorm(c.dim, c.eps, elementwise_affine=False)
+        self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), nn.GELU("tanh"), nn.Linear(c.ffn_dim, c.dim))
+        self.modulation = nn.Parameter(torch.empty(1, 6, c.dim))
+
+    def forward(self, x, time, text, attend):
+        """x `b (f s) d`, time `b f 6 d`, text `b l d`; attend(q, k, v) is this layer's layout."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation[:, None] + time).unbind(2)  # (b f d)
+        y = modulate(self.norm1(x), shift1, scale1)
+        x = gated(x, self.self_attn(y, y, attend), gate1)
+        x = x + self.cross_attn(self.norm3(x), text, attention)
+        return gated(x, self.ffn(modulate(self.norm2(x), shift2, scale2)), gate2)
+
+
+class Head(nn.Module):
+    def __init__(self, c: WanConfig):
+        super().__init__()
+        self.norm = nn.LayerNorm(c.dim, c.eps, elementwise_affine=False)
+        self.head = nn.Linear(c.dim, c.in_dim * math.prod(c.patch_size))
+        self.modulation = nn.Parameter(torch.empty(1, 2, c.dim))
+
+    def forward(self, x, time):
+        shift, scale = (self.modulation[:, None] + time[:, :, None]).unbind(2)  # time here is `b f d`
+        return self.head(modulate(self.norm(x), shift, scale))
+
+
+class CausalWan(nn.Module):
+    """Wan 2.1's transformer with the four layouts of this file's docstring."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        c = self.config = config
+        self.patch_embedding = nn.Conv3d(c.in_dim, c.dim, c.patch_size, stride=c.patch_size)
+        self.text_embedding = nn.Sequential(nn.Linear(c.text_dim, c.dim), nn.GELU("tanh"), nn.Linear(c.dim, c.dim))
+        self.time_embedding = nn.Sequential(nn.Linear(c.freq_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
+        self.head = Head(c)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int):
+        """Random weights for training from scratch, from their own generator. The head starts at zero.
+
+        Wan's Xavier initialisation, but for two things that let a small model learn in minutes. RoPE is a token's only
+        sense of position, and it acts through q and k; so their biases start random (each head prefers some
+        direction) and their norms start at 2 (the preference is felt). And the text and time embeddings keep variance 1.
+        """
+        g = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            normal = torch.randn(p.shape, generator=g)
+            if name == "head.head.weight":
+                p.zero_()
+            elif name.endswith("modulation"):
+                p.copy_(normal / self.config.dim**0.5)
+            elif name.startswith(("text_embedding", "time_embedding")) and p.ndim == 2:
+                p.copy_(normal / p.shape[1] ** 0.5)
+            elif p.ndim >= 2:
+                p.copy_(normal * (2 / (p[0].numel() + p.shape[0])) ** 0.5)
+            elif name.endswith(("self_attn.q.bias", "self_attn.k.bias")):
+                p.copy_(normal)
+            elif name.endswith(("norm_q.weight", "norm_k.weight")):
+                p.fill_(2.0)
+            else:
+                p.fill_(1.0 if name.endswith("norm3.weight") else 0.0)
+        return self
+
+    def forward(self, x, t, text, *, chunk=None, clean=None, cache=None, commit=False, until=None) -> Tensor:
+        """Predict the velocity eps - x_0 of noisy latents.
+
+        x: `b f c h w`. t: `b f`, in [0, 1]. text: `b l text_dim`, zero-padded to text_len (padding is not masked, as
+        in Wan). chunk: frames per chunk, for the causal layouts. clean: `b f c h w`, the clean clip, for teacher
+        forcing. cache: the past, for a rollout; x is then the next chunk. commit: also write this chunk's keys and
+        values into the cache (used by `append`). until: stop after that many blocks and return their tokens
+        `b f s d` instead, the features that align.py compares.
+        Returns `b f c h w` like x. Raises ValueError on shapes that do not fit.
+        """
+        c = self.config
+        b, f, _, height, width = x.shape
+        _, ph, pw = c.patch_size
+        self._check(x, t, text, chunk, clean, cache)
+        if clean is not None:  # two streams, [clean | noisy], on the batch axis
+            x, t, text = torch.cat([clean, x]), torch.cat([torch.zeros_like(t), t]), torch.cat([text, text])
+        h, w = height // ph, width // pw
+
+        if cache is not None:
+            cache.drop_hidden(f)
+            layout, written = self._cached(cache, f, h, w, x.device), []
+        elif chunk is not None:
+            layout = self._chunked(f, chunk, h, w, x.device, two_streams=clean is not None)
+        else:
+            layout = self._bidirectional(f, h, w, x.device)
+
+        tokens = rearrange(self.patch_embedding(rearrange(x, "b f c h w -> b c f h w")), "b d f h w -> b (f h w) d")
+        dtype = tokens.dtype
+        time = self.time_embedding(sinusoid(t, c.freq_dim).to(dtype))  # (b f d)
+        time6 = self.time_projection(time).unflatten(-1, (6, -1))  # (b f 6 d)
+        text = self.text_embedding(text.to(dtype))
+        for layer, block in enumerate(self.blocks[:until]):
+            def attend(q, k, v, layer=layer):
+                if commit:
+                    written.append((k.detach(), v.detach()))
+                return layout(layer, q, k, v)
+            tokens = block(tokens, time6, text, attend)
+        if commit:
+            self._write(cache, written, f)
+        if clean is not None:
+            tokens, time = tokens[b:], time[b:]
+        if until is not None:
+            return tokens.unflatten(1, (f, -1))
+        return rearrange(self.head(tokens, time), "b (f h w) (p q c) -> b f c (h p) (w q)", f=f, h=h, p=ph, q=pw)
+
+    def new_cache(self, window: int | None = None, sink: int | None = None, relative: bool = False) -> Cache:
+        """An empty past. window and sink (frames) default to the config's."""
+        c = self.config
+        return Cache(c.num_layers, window or c.window, c.sink if sink is None else sink, relative)
+
+    @torch.no_grad()
+    def append(self, cache: Cache, x0: Tensor, text: Tensor) -> None:
+        """Commit a finished chunk x0 `b f c h w` to the cache: one forward at t = 0, no gradient."""
+        t = torch.zeros(x0.shape[:2], device=x0.device)
+        self(x0, t, text, cache=cache, commit=True, until=self.config.num_layers)  # the head is not needed
+
+    # -- the layouts -------------------------------------------------------------------------------------------------
+
+    def _rope(self, frames, h, w, device):
+        angles = rope_angles(torch.as_tensor(frames), h, w, self.config.dim // self.config.num_heads)[:, None]
+        return angles.cos().float().to(device), angles.sin().float().to(device)  # (n 1 dh/2)
+
+    def _bidirectional(self, f, h, w, device):
+        rope = self._rope(range(f), h, w, device)
+        return lambda layer, q, k, v: attention(rotate(q, rope), rotate(k, rope), v)
+
+    def _chunked(self, f, chunk, h, w, device, two_streams):
+        """Chunk by chunk on [past | own]. With two streams on the batch axis both see the past of the clean one."""
+        rope, s = self._rope(range(f), h, w, device), h * w
+        sees = [visible(start, chunk, self.config.window, self.config.sink) for start in range(0, f, chunk)]
+
+        def attend(layer, q, k, v):
+            q, k = rotate(q, rope), rotate(k, rope)
+            q, k, v = (z.split(s, dim=1) for z in (q, k, v))  # per frame; split, unlike slicing, has a cheap backward
+            past = [torch.cat([z.chunk(2)[0]] * 2) for z in k], [torch.cat([z.chunk(2)[0]] * 2) for z in v]
+            past_k, past_v = past if two_streams else (k, v)
+            out = []
+            for start, seen in zip(range(0, f, chunk), sees):
+                own = range(start, start + chunk)
+                ks = torch.cat([past_k[j] for j in seen] + [k[j] for j in own], dim=1)
+                vs = torch.cat([past_v[j] for j in seen] + [v[j] for j in own], dim=1)
+                out.append(attention(torch.cat([q[j] for j in own], dim=1), ks, vs))
+            return torch.cat(out, dim=1)
+
+        return attend
+
+    def _cached(self, cache, f, h, w, device):
+        positions = [*cache.frames, *range(cache.next_frame, cache.next_frame + f)]
+        if cache.relative:
+            positions = list(range(len(positions)))
+        cos, sin = self._rope(positions, h, w, device)
+        n = f * h * w
+
+        def attend(layer, q, k, v):
+            if cache.frames:
+                k, v = torch.cat([cache.keys[layer], k], 1), torch.cat([cache.values[layer], v], 1)
+            return attention(rotate(q, (cos[-n:], sin[-n:])), rotate(k, (cos, sin)), v)
+
+        return attend
+
+    @staticmethod
+    def _write(cache, written, f):
+        def extend(old, new):
+            return new if old is None else torch.cat([old, new], 1)
+        cache.keys = [extend(old, k) for old, (k, _) in zip(cache.keys, written)]
+        cache.values = [extend(old, v) for old, (_, v) in zip(cache.values, written)]
+        cache.frames = [*cache.frames, *range(cache.next_frame, cache.next_frame + f)]
+        cache.next_frame += f
+
+    def _check(self, x, t, text, chunk, clean, cache):
+        c, (b, f, channels, height, width) = self.config, x.shape
+        _, ph, pw = c.patch_size
+        if channels != c.in_dim or height % ph or width % pw:
+            raise ValueError(f"x has shape {tuple(x.shape)}; expected b f c h w with c = {c.in_dim} and h, w divisible "
+                             f"by the patch {ph} x {pw} (is this the right --size?)")
+        if t.shape != (b, f):
+            raise ValueError(f"t has shape {tuple(t.shape)}; expected b f = {(b, f)}, one time per frame")
+        if text.shape != (b, c.text_len, c.text_dim):
+            raise ValueError(f"text has shape {tuple(text.shape)}; expected {(b, c.text_len, c.text_dim)}, zero-padded")
+        if clean is not None and (clean.shape != x.shape or chunk is None):
+            raise ValueError(f"teacher forcing needs chunk and a clean clip like x {tuple(x.shape)}; "
+                             f"got chunk={chunk}, clean {tuple(clean.shape)}")
+        if cache is not None and (chunk is not None or clean is not None):
+            raise ValueError("with a cache, x is one chunk: give neither chunk nor clean")
+        if chunk is not None:
+            if f % chunk:
+                raise ValueError(f"{f} frames do not divide into chunks of {chunk}: change --frames or --chunk")
+            check_window(c.window, c.sink, chunk)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
+    """Write a safetensors file with `about` (JSON) in its header; the old file is replaced only by a complete new one."""
+    fresh = Path(path).with_name(Path(path).name + ".writing")
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, fresh, {"about": json.dumps(about)})
+    with open(fresh, "rb+") as f:
+        os.fsync(f.fileno())
+    os.replace(fresh, path)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """The tensors of a safetensors file and its `about`. ValueError if it is missing or damaged."""
+    if not Path(path).is_file():
+        raise ValueError(f"got no file {path}, expected a .safetensors checkpoint: change --checkpoint or --out, or train it")
+    try:
+        with safe_open(path, "pt") as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("about", "{}"))
+    except (SafetensorError, OSError, json.JSONDecodeError) as e:
+        raise ValueError(f"got a damaged or truncated file {path} ({e}), expected a complete .safetensors file: delete it and "
+                         "train this stage again, or give another --checkpoint or --out") from e
+
+
+def load_weights(net: CausalWan, weights: dict[str, Tensor], path) -> CausalWan:
+    """load_state_dict(strict=True), with a message that names the file and the first tensors that do not fit."""
+    own = {k: tuple(v.shape) for k, v in net.state_dict().items()}
+    got = {k: tuple(v.shape) for k, v in weights.items()}
+    if own != got:
+        wrong = sorted(k for k in own.keys() | got.keys() if own.get(k) != got.get(k))
+        first = "; ".join(f"{k}: got {got.get(k, 'nothing')}, expected {own.get(k, 'nothing')}" for k in wrong[:3])
+        raise ValueError(f"{path} does not fit this model in {len(wrong)} tensors ({first}): change --size or --checkpoint")
+    net.load_state_dict(weights)
+    return net
