@@ -1,8 +1,9 @@
 """Reference alignment: a low-step rollout should keep the spatial structure of a denser one from the same noise.
 
 In autoregressive generation the cache is made by the model; with few steps it is worse, and so is what follows. Salt
-rolls out twice from the same noise, with K steps and with the next denser schedule (2 -> 4, 4 -> 8; no gradient), and compares the
-two, not pixel by pixel, but by how the tokens of a frame relate to each other (token relation distillation, TRD):
+rolls out twice from the same noise, with K steps and with the next denser schedule (2 -> 4, 4 -> 8; no gradient), and
+compares the two, not pixel by pixel, but by how the tokens of a frame relate to each other (token relation
+distillation, TRD):
 
     R = Z Z^T                      Z `s d`: l2-normalised features of one frame's tokens               (Salt Eq. 11)
     L_align = mean_f mean_ij [ |R_low - R_ref| - delta ]_+                                             (Salt Eq. 12)
@@ -28,7 +29,8 @@ def relations(z: Tensor) -> Tensor:
 
 
 def trd_loss(z_low: Tensor, z_ref: Tensor, margin: float = 0.1) -> Tensor:
-    """Mean of [|R_low - R_ref| - margin]_+ over frames and token pairs (Salt Eq. 12). z: `b f s d`; gradient into z_low."""
+    """Mean of [|R_low - R_ref| - margin]_+ over frames and token pairs (Salt Eq. 12). z: `b f s d`; gradient into
+    z_low."""
     return F.relu((relations(z_low) - relations(z_ref.detach())).abs() - margin).mean()
 
 

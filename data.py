@@ -1,12 +1,14 @@
-"""The toy world: short clips of one coloured shape that moves, bounces and turns at random, and their exact measurement.
+"""The toy world: short clips of one coloured shape that moves, bounces and turns at random, and their exact
+measurement.
 
-A clip is `f` frames of 12 x 12 RGB pixels, shifted and scaled to unit variance as the latents of a video model are. Its prompt is two words, a colour and a shape. The shape starts
-anywhere, flies straight at SPEED pixels per frame, bounces off the walls, and before every frame, with probability
-TURN, picks a new direction at random. So given the past the next frame has many possible futures: their mean is a blur, and a
-model that predicts in one step what it can only know on average draws that blur.
+A clip is `f` frames of 12 x 12 RGB pixels, shifted and scaled to unit variance as the latents of a video model are.
+Its prompt is two words, a colour and a shape. The shape starts anywhere, flies straight at SPEED pixels per frame,
+bounces off the walls, and before every frame, with probability TURN, picks a new direction at random. So given the
+past the next frame has many possible futures: their mean is a blur, and a model that predicts in one step what it can
+only know on average draws that blur.
 
-Since the renderer is known, any picture can be inverted exactly: which shape, which colour, where. From that come, with no
-learned metric, the numbers of every table of this project (`measure`):
+Since the renderer is known, any picture can be inverted exactly: which shape, which colour, where. From that come,
+with no learned metric, the numbers of every table of this project (`measure`):
 
     quality    mean squared distance of a frame to the nearest valid render (0: a perfect picture)
     semantic   share of clips that, all frames together, lie nearest to renders of their prompt
@@ -17,7 +19,6 @@ learned metric, the numbers of every table of this project (`measure`):
 """
 
 import math
-
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,8 @@ PROMPTS = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 # Making clips
 
 def render(colour: Tensor, shape: Tensor, xy: Tensor) -> Tensor:
-    """Draw frames as latents. colour, shape: integers `...`; xy: centres in pixels `... 2` (column, row) -> `... 3 h w`."""
+    """Draw frames as latents. colour, shape: integers `...`; xy: centres in pixels `... 2` (column, row) -> `... 3 h
+    w`."""
     pixels = torch.arange(SIZE, device=xy.device) + 0.5
     dx = (pixels - xy[..., 0:1]).abs()[..., None, :]
     dy = (pixels - xy[..., 1:2]).abs()[..., :, None]
@@ -132,8 +134,8 @@ def parse_prompt(prompt: str) -> int:
 def invert(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Find the valid render nearest to each frame.
 
-    x: `n 3 SIZE SIZE`. Returns the centre in pixels `n 2`, the mean squared distance `n`, and for each prompt the distance to
-    its nearest render on a quarter-pixel grid `n prompts`. The best of all is refined to 1/128 pixel.
+    x: `n 3 SIZE SIZE`. Returns the centre in pixels `n 2`, the mean squared distance `n`, and for each prompt the
+    distance to its nearest render on a quarter-pixel grid `n prompts`. The best of all is refined to 1/128 pixel.
     """
     ticks = torch.arange(RADIUS, SIZE - RADIUS + 1e-4, 0.25, device=x.device)
     grid = torch.cartesian_prod(ticks, ticks)
@@ -142,7 +144,8 @@ def invert(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     colour, shape = prompt // len(SHAPES), prompt % len(SHAPES)
     templates = render(colour, shape, xy).flatten(1)
     energy = templates.square().sum(1)
-    nearest = [(energy - 2 * part @ templates.T).unflatten(1, (len(PROMPTS), -1)).min(2) for part in x.flatten(1).split(512)]
+    nearest = [(energy - 2 * part @ templates.T).unflatten(1, (len(PROMPTS), -1)).min(2)
+               for part in x.flatten(1).split(512)]
     by_prompt = torch.cat([n.values for n in nearest]) + x.flatten(1).square().sum(1, keepdim=True)
     best = by_prompt.argmin(1)
     place = torch.cat([n.indices for n in nearest]).gather(1, best[:, None])[:, 0]
@@ -173,8 +176,8 @@ def wasserstein(a: Tensor, b: Tensor) -> float:
 def measure(x: Tensor, prompts: Tensor, world: tuple[Tensor, Tensor]) -> dict:
     """All the metrics of this file's docstring.
 
-    x: generated clips `b f 3 SIZE SIZE`; prompts: numbers `b`; world: motion(tracks(...)[0]), what motion is compared with.
-    Returns floats, and `quality_by_frame`, a list of f. A NaN anywhere makes the numbers it touches NaN.
+    x: generated clips `b f 3 SIZE SIZE`; prompts: numbers `b`; world: motion(tracks(...)[0]), what motion is compared
+    with. Returns floats, and `quality_by_frame`, a list of f. A NaN anywhere makes the numbers it touches NaN.
     """
     b, f = x.shape[:2]
     xy, distance, by_prompt = invert(x.flatten(0, 1).float().cpu())

@@ -1,15 +1,17 @@
-"""Distribution matching distillation: move the generator's distribution towards the teacher's, not its samples to targets.
+"""Distribution matching distillation: move the generator's distribution towards the teacher's, not its samples to
+targets.
 
-A generated clip x_0 = G_theta(z) is noised again to a time t. There two score models tell how likely each direction is: the
-frozen teacher under the data (s_real), an online *critic* under the generator's own distribution (s_fake). Their difference
-is the gradient of the KL divergence (Salt Eq. 4, CF++ Eq. 6):
+A generated clip x_0 = G_theta(z) is noised again to a time t. There two score models tell how likely each direction
+is: the frozen teacher under the data (s_real), an online *critic* under the generator's own distribution (s_fake).
+Their difference is the gradient of the KL divergence (Salt Eq. 4, CF++ Eq. 6):
 
     grad_theta L_DMD = E_t[ (s_fake(x_t, t) - s_real(x_t, t)) dx_0/dtheta ],   x_t = (1 - t) x_0 + t eps
 
-With s = -eps_hat / t and x_0 = x_t - t v, s_fake - s_real = (1 - t) (x0_fake - x0_real) / t^2. In practice the factor of t
-is replaced by one number per sample, 1 / mean|x_0 - x0_real|, so that all times pull equally hard:
+With s = -eps_hat / t and x_0 = x_t - t v, s_fake - s_real = (1 - t) (x0_fake - x0_real) / t^2. In practice the factor
+of t is replaced by one number per sample, 1 / mean|x_0 - x0_real|, so that all times pull equally hard:
 
-    grad = (x0_fake - x0_real) / mean|x_0 - x0_real|,     L = 1/2 || x_0 - sg(x_0 - grad) ||^2   (dL/dx_0 = grad / numel)
+    grad = (x0_fake - x0_real) / mean|x_0 - x0_real|
+    L    = 1/2 mean || x_0 - sg(x_0 - grad) ||^2           so that dL/dx_0 = grad / numel
 
 The critic follows the generator by flow matching on generated clips, several critic steps per generator step.
 In *asymmetric* DMD (CausVid, Self Forcing, CF++ Stage 3) the generator is causal and rolls out by itself, while teacher
@@ -30,7 +32,8 @@ from flowmap import add_noise, flow_matching_loss, to_x0, warp
 
 
 def score_times(batch: int, frames: int, shift: float, g: torch.Generator) -> Tensor:
-    """Times at which the scores are compared, one per clip: warped uniform in [.02, .98] (as in DMD2), `batch frames`."""
+    """Times at which the scores are compared, one per clip: warped uniform in [.02, .98] (as in DMD2), `batch
+    frames`."""
     return warp(torch.rand(batch, 1, generator=g), shift).clamp(0.02, 0.98).expand(batch, frames)
 
 

@@ -1,8 +1,8 @@
 """Time, noise, velocity, and the maps between times: the vocabulary of every other file.
 
-A noisy latent is x_t = (1 - t) x_0 + t eps, t = 1 noise, t = 0 data; its velocity is v = dx_t/dt = eps - x_0 (Salt Eq. 1).
-Following v from t down to s < t is the flow map Phi^{t->s} (Salt Eq. 2); exact flow maps compose,
-Phi^{t->s} = Phi^{u->s} o Phi^{t->u} for t >= u >= s (Salt Eq. 3, the semigroup law). A network that predicts v gives the
+A noisy latent is x_t = (1 - t) x_0 + t eps, t = 1 noise, t = 0 data; its velocity is v = dx_t/dt = eps - x_0 (Salt
+Eq. 1). Following v from t down to s < t is the flow map Phi^{t->s} (Salt Eq. 2); exact flow maps compose, Phi^{t->s}
+= Phi^{u->s} o Phi^{t->u} for t >= u >= s (Salt Eq. 3, the semigroup law). A network that predicts v gives the
 one-step Euler operator (Salt Eq. 5)
 
     Psi^{t->s}(x_t) = x_t - (t - s) v(x_t, t)
@@ -103,8 +103,8 @@ def flow_matching_loss(net, x0: Tensor, text: Tensor, t: Tensor, eps: Tensor, **
 def sample(velocity, noise: Tensor, grid: Tensor, solver: str = "euler") -> Tensor:
     """Integrate from noise to data over a grid.
 
-    velocity: callable (x, t) -> v, t a float. noise: `b K ...`, noise[:, 0] the start and noise[:, k] what the CM solver
-    adds at grid[k] (Euler needs only K >= 1). Returns x_0 `b ...`. Gradients flow through everything.
+    velocity: callable (x, t) -> v, t a float. noise: `b K ...`, noise[:, 0] the start and noise[:, k] what the CM
+    solver adds at grid[k] (Euler needs only K >= 1). Returns x_0 `b ...`. Gradients flow through everything.
     """
     check_solver(solver)
     x, times = noise[:, 0], [*grid.tolist(), 0.0]

@@ -17,7 +17,8 @@ No mask is ever built. For chunk i, the clean and the noisy stream attend to the
 the batch axis and attention is called once per chunk on [past | own chunk]. That is dense attention at exactly the
 needed cost, on any device, and the same code path as the cache.
 
-Parameter names and shapes are those of the official Wan 2.1 state dict, so `load_state_dict(strict=True)` is the loader.
+Parameter names and shapes are those of the official Wan 2.1 state dict, so `load_state_dict(strict=True)` is the
+loader.
 
 Glossary   b batch, f frames, c h w latent channels, height, width; n tokens; d model width; nh heads; dh head width.
            t is in [0, 1], 1 = noise; Wan's 1000 appears only inside the time embedding.
@@ -75,7 +76,7 @@ class WanConfig:
 
 SIZES = {
     # 4 tokens of 5 x 5 RGB pixels per 10 x 10 frame, prompts of two words: see data.py
-    "toy": WanConfig(dim=96, ffn_dim=384, num_heads=8, num_layers=4, in_dim=3, patch_size=(1, 5, 5), freq_dim=64,
+    "toy": WanConfig(dim=128, ffn_dim=512, num_heads=8, num_layers=4, in_dim=3, patch_size=(1, 5, 5), freq_dim=64,
                      text_dim=16, text_len=2),
     "wan1.3b": WanConfig(),
     "wan14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
@@ -95,8 +96,8 @@ def sinusoid(t: Tensor, dim: int) -> Tensor:
 def rope_angles(frames: Tensor, h: int, w: int, dh: int) -> Tensor:
     """Rotation angles of the tokens of a list of frames, in the order f, h, w.
 
-    frames: frame positions `f`, any integers. Of the dh/2 rotated pairs, the first dh/2 - 2 (dh//6) turn with the frame,
-    the next dh//6 with the row, the last dh//6 with the column. Returns float64 `(f h w) dh/2`.
+    frames: frame positions `f`, any integers. Of the dh/2 rotated pairs, the first dh/2 - 2 (dh//6) turn with the
+    frame, the next dh//6 with the row, the last dh//6 with the column. Returns float64 `(f h w) dh/2`.
     """
     third = dh // 6
 
@@ -238,9 +239,10 @@ class CausalWan(nn.Module):
     def init_weights(self, seed: int):
         """Random weights for training from scratch, from their own generator. The head starts at zero.
 
-        Wan's Xavier initialisation, but for two things that let a small model learn in minutes. RoPE is a token's only
-        sense of position, and it acts through q and k; so their biases start random (each head prefers some
-        direction) and their norms start at 2 (the preference is felt). And the text and time embeddings keep variance 1.
+        Wan's Xavier initialisation, but for two things that let a small model learn in minutes. RoPE is a token's
+        only sense of position, and it acts through q and k; so their biases start random (each head prefers some
+        direction) and their norms start at 2 (the preference is felt). And the text and time embeddings keep variance
+        1.
         """
         g = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
@@ -395,7 +397,8 @@ class CausalWan(nn.Module):
 # Files
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
-    """Write a safetensors file with `about` (JSON) in its header; the old file is replaced only by a complete new one."""
+    """Write a safetensors file with `about` (JSON) in its header; the old file is replaced only by a complete new
+    one."""
     fresh = Path(path).with_name(Path(path).name + ".writing")
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, fresh, {"about": json.dumps(about)})
     with open(fresh, "rb+") as f:
@@ -406,13 +409,14 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
     """The tensors of a safetensors file and its `about`. ValueError if it is missing or damaged."""
     if not Path(path).is_file():
-        raise ValueError(f"got no file {path}, expected a .safetensors checkpoint: change --checkpoint or --out, or train it")
+        raise ValueError(f"got no file {path}, expected a .safetensors checkpoint: train it, or change "
+                         "--checkpoint or --out")
     try:
         with safe_open(path, "pt") as f:
             return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("about", "{}"))
     except (SafetensorError, OSError, json.JSONDecodeError) as e:
-        raise ValueError(f"got a damaged or truncated file {path} ({e}), expected a complete .safetensors file: delete it and "
-                         "train this stage again, or give another --checkpoint or --out") from e
+        raise ValueError(f"got a damaged or truncated file {path} ({e}), expected a complete .safetensors file: delete "
+                         "it and train this stage again, or give another --checkpoint or --out") from e
 
 
 def load_weights(net: CausalWan, weights: dict[str, Tensor], path) -> CausalWan:
@@ -422,6 +426,7 @@ def load_weights(net: CausalWan, weights: dict[str, Tensor], path) -> CausalWan:
     if own != got:
         wrong = sorted(k for k in own.keys() | got.keys() if own.get(k) != got.get(k))
         first = "; ".join(f"{k}: got {got.get(k, 'nothing')}, expected {own.get(k, 'nothing')}" for k in wrong[:3])
-        raise ValueError(f"{path} does not fit this model in {len(wrong)} tensors ({first}): change --size or --checkpoint")
+        raise ValueError(f"{path} does not fit this model in {len(wrong)} tensors ({first}): change --size or "
+                         "--checkpoint")
     net.load_state_dict(weights)
     return net

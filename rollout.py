@@ -1,22 +1,22 @@
 """Self-rollout: generate a clip chunk by chunk, each conditioned on the chunks the model itself made before.
 
-For every chunk: start from noise, visit the times of a grid with the Euler or the CM solver (flowmap.py), reading the past
-from the cache; yield the clean chunk; commit it to the cache with one more forward at t = 0. `stream` is a Python
-generator, so sampling, playing, evaluation and training all consume the same loop:
+For every chunk: start from noise, visit the times of a grid with the Euler or the CM solver (flowmap.py), reading the
+past from the cache; yield the clean chunk; commit it to the cache with one more forward at t = 0. `stream` is a
+Python generator, so sampling, playing, evaluation and training all consume the same loop:
 
     for chunk in stream(net, noise, text, grid, chunks=8): show(chunk.x0)
 
-Training asks for an *exit step* (Self Forcing): every chunk stops at step `exit_step` of the grid and its prediction x_0
-there is the output; only that last forward carries gradient. Over random exit steps each time of the grid is
-trained in the very conditions of inference. While a chunk is being yielded the cache still holds its past and not
-yet itself, so the consumer may run further forwards in the chunk's own condition: Salt's self-consistency term does.
+Training asks for an *exit step* (Self Forcing): every chunk stops at step `exit_step` of the grid and its prediction
+x_0 there is the output; only that last forward carries gradient. Over random exit steps each time of the grid is
+trained in the very conditions of inference. While a chunk is being yielded the cache still holds its past and not yet
+itself, so the consumer may run further forwards in the chunk's own condition: Salt's self-consistency term does.
 
 Mixed steps (Salt Sec. 3.3): K is drawn anew for every rollout, so the student meets caches of every quality.
 With K < 4 the first chunk, which has no past to lean on, still uses 4 steps (CF++ Sec. 4).
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -47,9 +47,9 @@ def stream(net, noise: Callable[[int, int], Tensor], text: Tensor, grid: Tensor,
     """Generate `chunks` chunks, one after the other.
 
     net: a causal network or flowmap.Guided. noise(i, k): `b n c h w`, for chunk i the start (k = 0) or what the CM
-    solver adds at the k-th time. text: `b l d`. grid, first_grid: descending times without 0. exit_step: stop every chunk at
-    this index of the grid (the first chunk at the same fraction of its own); gradient flows through that last forward only,
-    where the caller has it enabled. cache: a past to continue from.
+    solver adds at the k-th time. text: `b l d`. grid, first_grid: descending times without 0. exit_step: stop every
+    chunk at this index of the grid (the first chunk at the same fraction of its own); gradient flows through that
+    last forward only, where the caller has it enabled. cache: a past to continue from.
     """
     check_solver(solver)
     cache = net.new_cache() if cache is None else cache
@@ -74,13 +74,13 @@ def stream(net, noise: Callable[[int, int], Tensor], text: Tensor, grid: Tensor,
 def shared_noise(noise: Tensor, chunk: int, steps: int, first_steps: int) -> Callable[[int, int], Tensor]:
     """The noise(i, k) of `stream` from one tensor `b K f c h w`, K the densest grid: equal times get equal noise.
 
-    The grids of 2, 4 and 8 steps nest, so step k of a rollout of `steps` reads noise[:, k K / steps]. Rollouts of different
-    length then start from the same noise, as Salt's reference alignment asks (Sec. 3.3).
+    The grids of 2, 4 and 8 steps nest, so step k of a rollout of `steps` reads noise[:, k K / steps]. Rollouts of
+    different length then start from the same noise, as Salt's reference alignment asks (Sec. 3.3).
     """
     densest = noise.shape[1]
     if densest % steps or densest % first_steps:
-        raise ValueError(f"noise for {densest} steps cannot serve a rollout of {steps} (first chunk {first_steps}); both must "
-                         f"divide {densest}: change --mixed-steps or --first-steps")
+        raise ValueError(f"noise for {densest} steps cannot serve a rollout of {steps} (first chunk {first_steps}); "
+                         f"both must divide {densest}: change --mixed-steps or --first-steps")
 
     def draw(i, k):
         stride = densest // (first_steps if i == 0 else steps)

@@ -1,12 +1,13 @@
 """Sample a trained model: prompts in, an animated picture out, chunk by chunk.
 
-    python sample.py                                             # the newest student in runs/, all prompts of the toy world
+    python sample.py                                      # the newest student in runs/, all prompts of the toy world
     python sample.py --prompt "red ball" --steps 2 --frames 64 --seed 1 --out ball.webp
     python sample.py --checkpoint runs/toy/teacher_forcing.safetensors --steps 40 --solver euler
 
-Steps, solver, chunk and shift default to what the checkpoint was trained for, and a mismatch is a warning that says what to
-expect. Clips longer than those of training slide a window over the past: the first --sink frames and the last ones up to
---window frames in all, with positions counted inside the window, so that memory and time per chunk stay flat.
+Steps, solver, chunk and shift default to what the checkpoint was trained for, and a mismatch is a warning that says
+what to expect. Clips longer than those of training slide a window over the past: the first --sink frames and the last
+ones up to --window frames in all, with positions counted inside the window, so that memory and time per chunk stay
+flat.
 """
 
 import argparse
@@ -28,24 +29,24 @@ def newest_student() -> Path:
     """The student last trained, of any run: salt's, or before that causal CD's."""
     found = [*Path("runs").glob("*/salt.safetensors"), *Path("runs").glob("*/causal_cd.safetensors")]
     if not found:
-        raise ValueError("got no student in runs/, expected runs/*/salt.safetensors or runs/*/causal_cd.safetensors: run "
-                         "`python train.py` first, or give --checkpoint")
+        raise ValueError("got no student in runs/, expected runs/*/salt.safetensors or runs/*/causal_cd.safetensors: "
+                         "run `python train.py` first, or give --checkpoint")
     return max(found, key=lambda path: read_tensors(path)[1].get("saved", 0))
 
 
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--checkpoint", type=Path, help="a .safetensors file of train.py (default: the newest student in runs/)")
+    p.add_argument("--checkpoint", type=Path, help="a file that train.py left (default: the newest student in runs/)")
     p.add_argument("--prompt", nargs="+", default=data.PROMPTS, help="colour and shape, one or several (default: all)")
     p.add_argument("--steps", type=int, help="denoising steps per chunk (default: 2 for a student, 40 for a teacher)")
     p.add_argument("--first-steps", type=int, help="least steps of the first chunk (default: as trained)")
     p.add_argument("--chunk", type=int, help="frames per chunk (default: as trained)")
     p.add_argument("--frames", type=int, default=24, help="frames of the clip (default: 24)")
-    p.add_argument("--window", type=int, help="frames a frame may see, itself included (default: the length trained on)")
+    p.add_argument("--window", type=int, help="frames a frame may see, with itself (default: the length trained on)")
     p.add_argument("--sink", type=int, default=1, help="of these, the first frames of the clip (default: 1)")
     p.add_argument("--solver", choices=("cm", "euler"), help="default: cm for a student, euler for a teacher")
     p.add_argument("--shift", type=float, help="timestep shift (default: as trained)")
-    p.add_argument("--guidance", type=float, help="guidance w, 1: none (default: 1 for a student, as trained for a teacher)")
+    p.add_argument("--guidance", type=float, help="guidance w (default: none for a student, as recorded for a teacher)")
     p.add_argument("--seed", type=int, default=0, help="of the noise; clip i of a seed does not depend on the others")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     p.add_argument("--out", type=Path, default=Path("sample.webp"), help="the animated picture (default: sample.webp)")
@@ -55,22 +56,22 @@ def parse(argv=None):
 def with_defaults(args, about: dict):
     """Fill what was not given from the checkpoint's record; warn where what was given departs from it."""
     if about.get("stage") not in ("teacher_forcing", "causal_cd", "salt"):
-        raise ValueError(f"got a checkpoint of stage {about.get('stage')}, expected an autoregressive one (teacher_forcing, "
-                         "causal_cd, salt): change --checkpoint")
+        raise ValueError(f"got a checkpoint of stage {about.get('stage')}, expected an autoregressive one "
+                         "(teacher_forcing, causal_cd, salt): change --checkpoint")
     student = about["stage"] in ("causal_cd", "salt")
-    trained = {"steps": 2 if student else 40, "first_steps": about["first_steps"] if student else 1, "chunk": about["chunk"],
-               "solver": about["solver"], "shift": about["shift"], "guidance": 1.0 if student else about["guidance"],
-               "window": about["frames"]}
+    trained = {"steps": 2 if student else 40, "first_steps": about["first_steps"] if student else 1,
+               "chunk": about["chunk"], "solver": about["solver"], "shift": about["shift"],
+               "guidance": 1.0 if student else about["guidance"], "window": about["frames"]}
     expect = {"solver": "a student of consistency distillation blurs under euler, a teacher stays noisy under cm",
               "chunk": "frames jump at the borders of chunks it was not trained for",
-              "shift": "its times differ from those trained", "first_steps": "a weaker first frame, and all that follow"}
+              "shift": "its times differ from those trained", "first_steps": "another first frame, and all that follow"}
     for name, value in trained.items():
         given = getattr(args, name)
         if given is None:
             setattr(args, name, value)
         elif given != value and name in expect:
-            print(f"warning: --{name.replace('_', '-')} {given}, but the checkpoint ({about['stage']}) was trained for {value}; "
-                  f"expect this: {expect[name]}", file=sys.stderr)
+            print(f"warning: --{name.replace('_', '-')} {given}, but the checkpoint ({about['stage']}) was trained for "
+                  f"{value}; expect this: {expect[name]}", file=sys.stderr)
     if not student and args.steps < 8:
         print(f"warning: --steps {args.steps} of a multi-step teacher; expect a blur. Its students do this well",
               file=sys.stderr)
@@ -94,8 +95,9 @@ def main(args) -> Path:
     if args.guidance != 1:
         net = Guided(net, torch.zeros(config.text_len, config.text_dim), args.guidance)
     grid, first_grid = grids(args.steps, args.shift, args.first_steps)
-    print(f"{checkpoint} ({about['stage']}): {args.steps} steps at t = {[round(t, 4) for t in grid.tolist()]}, {args.solver}, "
-          f"window {args.window}, sink {args.sink}")
+    times = [round(t, 4) for t in grid.tolist()]
+    print(f"{checkpoint} ({about['stage']}): {args.steps} steps at t = {times}, {args.solver}, window {args.window}, "
+          f"sink {args.sink}")
 
     def noise(i, k):
         shape = (args.chunk, config.in_dim, data.SIZE, data.SIZE)

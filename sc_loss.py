@@ -1,7 +1,8 @@
 """Self-consistency: make the student's Euler steps compose (Salt's SC-DMD).
 
-DMD trains every noise level as a one-step generator by itself; nothing says that two short steps should land where one
-long step lands. An exact flow map does (Salt Eq. 3). The *semigroup defect* of a triple ts > tm > te compares, from one x_ts,
+DMD trains every noise level as a one-step generator by itself; nothing says that two short steps should land where
+one long step lands. An exact flow map does (Salt Eq. 3). The *semigroup defect* of a triple ts > tm > te compares,
+from one x_ts,
 
     direct     x1 = Psi^{ts->te}(x_ts) = x_ts - (ts - te) v(x_ts, ts)              (Salt Eq. 6, 14)
     composed   x2 = Psi^{tm->te}( Psi^{ts->tm}(x_ts) )                             (Salt Eq. 7, 15)
@@ -15,7 +16,8 @@ between. SC must act on the grid that DMD supervises; on a denser one the compos
 nobody trains, and it hurts (Salt, appendix A.2).
 
 Left open by the paper
-  - Whether 0 belongs to the ends te. Here it does: otherwise the last interval, the one that makes the picture, has no target.
+  - Whether 0 belongs to the ends te. Here it does: otherwise the last interval, the one that makes the picture, has
+    no target.
   - Where the gradient flows. Default `through="both"`, as Eq. 8 is written; "direct" holds the composed end fixed
     (as in shortcut models), "composed" the direct one.
 """
@@ -27,7 +29,8 @@ from flowmap import euler
 
 
 def triple_ends(ts: float, train_grid: Tensor, infer_grid: Tensor) -> list[float]:
-    """The ends te that a start ts allows: times of the inference grid, or 0, with a training time strictly in between."""
+    """The ends te that a start ts allows: times of the inference grid, or 0, with a training time strictly in
+    between."""
     ends = [*infer_grid.tolist(), 0.0]
     return [te for te in ends if any(te < tm < ts for tm in train_grid.tolist())]
 
@@ -72,7 +75,8 @@ def sc_loss(velocity, x_ts: Tensor, v_ts: Tensor, ts, tm, te, through: str = "bo
 
 @torch.no_grad()
 def semigroup_defect(velocity, x_ts: Tensor, ts, tm, te, eps: float = 1e-8) -> Tensor:
-    """Delta(ts, tm, te) = E[ ||x1 - x2||^2 / (||x1 - x_ts||^2 + eps) ], the test-time diagnostic (Salt Eq. 14-16). Scalar."""
+    """Delta(ts, tm, te) = E[ ||x1 - x2||^2 / (||x1 - x_ts||^2 + eps) ], the test-time diagnostic (Salt Eq. 14-16).
+    Scalar."""
     direct, composed = endpoints(velocity, x_ts, velocity(x_ts, ts), ts, tm, te)
     defect = (direct - composed).flatten(1).square().sum(1)
     moved = (direct - x_ts).flatten(1).square().sum(1)

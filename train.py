@@ -12,10 +12,10 @@
     causal_cd        the few-step student              teacher_forcing   causal consistency            CF++ Eq. 3
     salt             the final student                 causal_cd         Salt Eq. 13, CF++ Stage 3
 
-A run leaves in --out: STAGE.safetensors (EMA weights, official names) and STAGE_raw.safetensors, sheets of pictures, config.json,
-metrics.jsonl, and STAGE.state.safetensors, from which a stopped run goes on, step for step as if it had never
-stopped: every random draw is a function of (seed, stage, step, index in the batch). What is written replaces the old
-only when it is complete; nothing is pickled.
+A run leaves in --out: STAGE.safetensors (EMA weights, official names) and STAGE_raw.safetensors, sheets of pictures,
+config.json, metrics.jsonl, and STAGE.state.safetensors, from which a stopped run goes on, step for step as if it had
+never stopped: every random draw is a function of (seed, stage, step, index in the batch). What is written replaces
+the old only when it is complete; nothing is pickled.
 """
 
 import argparse
@@ -41,6 +41,7 @@ from model import SIZES, CausalWan, load_weights, read_tensors, write_tensors
 from rollout import grids, shared_noise, stream
 
 STAGES = ("bidirectional", "teacher_forcing", "causal_cd", "salt")
+FEW_STEP = ("causal_cd", "salt")
 
 
 def flag(default, help):
@@ -120,10 +121,12 @@ def check(cfg: Config):
     need(cfg.chunk > 0 and cfg.frames % cfg.chunk == 0 and cfg.frames > 2, f"got --frames {cfg.frames} and --chunk "
          f"{cfg.chunk}, expected at least 3 frames, a multiple of the chunk")
     need(len(cfg.mixed_steps) == len(cfg.mixed_probs) and abs(sum(cfg.mixed_probs) - 1) < 1e-6,
-         f"got --mixed-steps {cfg.mixed_steps} with --mixed-probs {cfg.mixed_probs}, expected one probability each, sum 1")
-    need(all(b == 2 * a for a, b in zip(cfg.mixed_steps, cfg.mixed_steps[1:])) and max(cfg.mixed_steps) %
-         cfg.first_steps == 0, f"got --mixed-steps {cfg.mixed_steps} and --first-steps {cfg.first_steps}, expected each K "
-         "twice the one before, so that the grids nest, and the last a multiple of first-steps")
+         f"got --mixed-steps {cfg.mixed_steps} with --mixed-probs {cfg.mixed_probs}, expected one probability each, "
+         "summing to 1")
+    need(all(b == 2 * a for a, b in zip(cfg.mixed_steps, cfg.mixed_steps[1:]))
+         and max(cfg.mixed_steps) % cfg.first_steps == 0,
+         f"got --mixed-steps {cfg.mixed_steps} and --first-steps {cfg.first_steps}, expected each K twice the one "
+         "before, so that the grids nest, and the last a multiple of first-steps")
     for name in ("longer", "shift", "train_shift", "save_every", "eval_clips", "teacher_eval_steps",
                  "causal_cd_grid", *(f"{s}_{x}" for s in STAGES for x in ("steps", "batch", "lr"))):
         need(getattr(cfg, name) > 0, f"got --{name.replace('_', '-')} {getattr(cfg, name)}, expected a positive number")
@@ -264,8 +267,8 @@ def self_rollout(cfg, net, text, noise, steps, exit_step, triple=None) -> tuple[
                         chunks=cfg.frames // cfg.chunk, first_grid=first_grid, exit_step=exit_step):
         x0.append(chunk.x0)
         if triple:
-            def velocity(x, t):
-                return net(x, torch.full(x.shape[:2], t, device=x.device), text, cache=chunk.cache)
+            def velocity(x, t, past=chunk.cache):
+                return net(x, torch.full(x.shape[:2], t, device=x.device), text, cache=past)
             sc.append(sc_loss.sc_loss(velocity, chunk.x_t, chunk.v, chunk.t, *triple)[0])
     return torch.cat(x0, dim=1), sc
 
@@ -341,12 +344,12 @@ def finished(cfg, stage, kind="") -> dict[str, Tensor]:
     """The weights that a finished stage left in --out; ValueError if they are missing, damaged or another's."""
     path = path_of(cfg, stage, kind)
     if not path.is_file():
-        raise ValueError(f"got no file {path}, expected the checkpoint of stage {stage}: run `python train.py --stage {stage} "
-                         f"--out {cfg.out}` first, or change --out")
+        raise ValueError(f"got no file {path}, expected the checkpoint of stage {stage}: run `python train.py --stage "
+                         f"{stage} --out {cfg.out}` first, or change --out")
     weights, about = read_tensors(path)
     if about.get("stage") != stage or about.get("size") != cfg.size:
-        raise ValueError(f"got {path} of stage {about.get('stage')} and size {about.get('size')}, expected stage {stage} and "
-                         f"size {cfg.size}: change --out or --size")
+        raise ValueError(f"got {path} of stage {about.get('stage')} and size {about.get('size')}, expected stage "
+                         f"{stage} and size {cfg.size}: change --out or --size")
     return weights
 
 
@@ -399,8 +402,8 @@ def same_settings(cfg, stage, path, was: dict):
     for key in now.keys() - set(FREE):
         if was.get(key) != now[key] and not key.startswith(others):
             name = "--" + key.replace("_", "-")
-            raise ValueError(f"got {name} {now[key]}, expected {was.get(key)}, with which the half-trained {path} began: change "
-                             f"{name}, or start afresh with another --out")
+            raise ValueError(f"got {name} {now[key]}, expected {was.get(key)}, with which the half-trained {path} "
+                             f"began: change {name}, or start afresh with another --out")
 
 
 def run_stage(cfg, stage, budget: list) -> bool:
@@ -422,8 +425,8 @@ def run_stage(cfg, stage, budget: list) -> bool:
             try:
                 metrics = {k: float(torch.as_tensor(v).detach()) for k, v in training.update(step).items()}
             except FloatingPointError as e:
-                raise ValueError(f"stage {stage}, step {step}: got a non-finite value of {e}, expected a finite one. The last "
-                                 f"state saved is kept. Try a smaller --{stage.replace('_', '-')}-lr") from e
+                raise ValueError(f"stage {stage}, step {step}: got a non-finite value of {e}, expected a finite one. "
+                                 f"The state last saved is kept. Try a smaller --{stage.replace('_', '-')}-lr") from e
             bar.update()
             about |= {"step": step + 1, "seconds": before + time.time() - start}
             record(cfg, {"stage": stage, "step": step, **metrics})
@@ -434,7 +437,7 @@ def run_stage(cfg, stage, budget: list) -> bool:
             if budget[0] == 0:
                 return False
     about |= {"frames": cfg.frames, "chunk": cfg.chunk, "shift": cfg.shift, "first_steps": cfg.first_steps,
-              "solver": "cm" if stage in ("causal_cd", "salt") else "euler", "guidance": cfg.guidance, "saved": time.time()}
+              "solver": "cm" if stage in FEW_STEP else "euler", "guidance": cfg.guidance, "saved": time.time()}
     write_tensors(path_of(cfg, stage, "_raw"), training.nets["net"].state_dict(), about)
     write_tensors(path_of(cfg, stage), training.nets["ema"].state_dict(), about)
     return True
@@ -447,7 +450,7 @@ def run_stage(cfg, stage, budget: list) -> bool:
 def generate(cfg, stage, net, steps, prompts, noise) -> Tensor:
     """Clips as this stage's model samples them. prompts `b`; noise `b K f c h w` as in rollout.shared_noise."""
     text = data.embed(prompts).to(cfg.device)
-    if stage in ("causal_cd", "salt"):
+    if stage in FEW_STEP:
         return self_rollout(cfg, net, text, noise, steps, steps - 1)[0]
     net, grid = Guided(net, null_text(cfg), cfg.guidance), schedule(steps, cfg.shift)
     if stage == "bidirectional":
@@ -465,9 +468,10 @@ def evaluation_set(cfg, clips):
 
 
 def evaluate(cfg, stage) -> list[dict]:
-    """Table rows of one finished stage: EMA and raw weights, at 1, 2 and 4 steps, teachers also at their full number."""
+    """Table rows of one finished stage: EMA and raw weights, at 1, 2 and 4 steps, teachers also at their full
+    number."""
     real, prompts, noise = evaluation_set(cfg, cfg.eval_clips)
-    few_step = stage in ("causal_cd", "salt")
+    few_step = stage in FEW_STEP
     about = read_tensors(path_of(cfg, stage))[1]
     rows = []
     for weights, kind in (("ema", ""), ("raw", "_raw")):
@@ -476,7 +480,8 @@ def evaluate(cfg, stage) -> list[dict]:
             if weights == "raw" and not few_step and steps != cfg.teacher_eval_steps:
                 continue
             start = time.time()
-            x = torch.cat([generate(cfg, stage, net, steps, p, z) for p, z in zip(prompts.split(256), noise.split(256))])
+            parts = zip(prompts.split(256), noise.split(256))
+            x = torch.cat([generate(cfg, stage, net, steps, p, z) for p, z in parts])
             seconds = time.time() - start
             rows.append({"stage": stage, "weights": weights, "steps": steps, "nfe": steps if few_step else 2 * steps,
                          **data.measure(x, prompts, world_motion(cfg)), "sample_seconds": seconds,
@@ -495,13 +500,13 @@ def world_row(cfg) -> dict:
 
 
 def print_rows(rows):
-    print(f"{'stage':<16} {'weights':<7} {'steps':>5} {'NFE':>4} | {'quality':>8} {'frame 3':>8} {'last':>8} {'drift':>6} "
-          f"{'semantic':>8} {'dynamics':>8} {'distance':>8} | {'sample s':>8} {'train s':>8}")
+    print(f"{'stage':<16} {'weights':<7} {'steps':>5} {'NFE':>4} | {'quality':>8} {'frame 3':>8} {'last':>8} "
+          f"{'drift':>6} {'semantic':>8} {'dynamics':>8} {'distance':>8} | {'sample s':>8} {'train s':>8}")
     for r in rows:
         q = r["quality_by_frame"]
         print(f"{r['stage']:<16} {r['weights']:<7} {r['steps']:>5} {r['nfe']:>4} | {r['quality']:>8.4f} {q[2]:>8.4f} "
-              f"{q[-1]:>8.4f} {r['drift']:>6.2f} {100 * r['semantic']:>7.1f}% {r['dynamics']:>8.2f} {r['distance']:>8.3f} | "
-              f"{r['sample_seconds']:>8.1f} {r['train_seconds']:>8.0f}")
+              f"{q[-1]:>8.4f} {r['drift']:>6.2f} {100 * r['semantic']:>7.1f}% {r['dynamics']:>8.2f} {r['distance']:>8.3f}"
+              f" | {r['sample_seconds']:>8.1f} {r['train_seconds']:>8.0f}")
     sys.stdout.flush()
 
 
@@ -511,7 +516,7 @@ def draw_sheet(cfg, stages, name):
     rows = {"the world": real}
     for stage in stages:
         net = frozen(build(cfg, finished(cfg, stage)))
-        for steps in (1, 2, 4) + (() if stage in ("causal_cd", "salt") else (cfg.teacher_eval_steps,)):
+        for steps in (1, 2, 4) + (() if stage in FEW_STEP else (cfg.teacher_eval_steps,)):
             rows[f"{stage} {steps}"] = generate(cfg, stage, net, steps, prompts, noise)
     data.sheet(rows, Path(cfg.out) / name)
 

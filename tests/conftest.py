@@ -15,7 +15,8 @@ from model import CausalWan, WanConfig  # noqa: E402
 
 @pytest.fixture
 def golden():
-    """golden(case): the tensors of a case of the official implementations' numbers; skips where they are not at hand."""
+    """golden(case): the tensors of a case of the official implementations' numbers; skips where they are not at
+    hand."""
     if not GOLDEN.is_dir():
         pytest.skip(f"no golden data at {GOLDEN} (set GOLDEN_DIR)")
     return lambda case: load_file(next(GOLDEN.glob(f"{case}*.safetensors")))
@@ -36,8 +37,8 @@ def golden_net(golden):
 def tiny():
     """tiny(**config): a small network whose every weight is random, so that nothing is hidden behind a zero."""
     def make(**changes):
-        config = WanConfig(**{**dict(dim=24, ffn_dim=48, num_heads=2, num_layers=2, in_dim=3, patch_size=(1, 2, 2), freq_dim=16,
-                                     text_dim=5, text_len=3), **changes})
+        config = WanConfig(**{**dict(dim=24, ffn_dim=48, num_heads=2, num_layers=2, in_dim=3, patch_size=(1, 2, 2),
+                                     freq_dim=16, text_dim=5, text_len=3), **changes})
         net = CausalWan(config).init_weights(0)
         torch.nn.init.normal_(net.head.head.weight, std=0.3)
         return net

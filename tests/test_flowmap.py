@@ -40,7 +40,8 @@ def test_euler_sampler_converges_to_the_flow_with_order_one():
 
 
 def test_cm_sampler_keeps_the_distribution_at_any_number_of_steps():
-    """Bug: re-noising to the wrong time or with used noise. With the exact x_0 map every K gives the data distribution."""
+    """Bug: re-noising to the wrong time or with used noise. With the exact x_0 map every K gives the data
+    distribution."""
     def consistency(x, t):
         return (x - flow(x, t, 0.0)) / t  # so that x - t v is the end of the trajectory
     n = 200_000

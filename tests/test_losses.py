@@ -20,7 +20,8 @@ def rand(*shape, seed=0):
 # -- distribution matching --------------------------------------------------------------------------------------------
 
 def test_dmd_gradient_equals_official(golden):
-    """Bug: a normaliser over the batch, or by fake in place of real; v_c + w (v_c - v_u) guidance (golden H1, w = 1 + 3)."""
+    """Bug: a normaliser over the batch, or by fake in place of real; v_c + w (v_c - v_u) guidance (golden H1, w = 1 +
+    3)."""
     g = golden("H1")
     real = guided(g["pred_real_cond"], g["pred_real_uncond"], 4.0)
     grad = dmd_gradient(g["x"], g["pred_fake_cond"], real)
@@ -33,7 +34,8 @@ def test_dmd_gradient_equals_official(golden):
 
 
 def test_dmd_pulls_a_gaussian_onto_the_teachers():
-    """Bug: a sign (Salt Eq. 4). Data N(1, 1): with exact scores, descending the loss moves the generator's mean to 1."""
+    """Bug: a sign (Salt Eq. 4). Data N(1, 1): with exact scores, descending the loss moves the generator's mean to
+    1."""
     def score_model(mean):  # exact velocity of N(mean, 1)
         def net(x, t, text):
             t = t[..., None, None, None]
@@ -45,7 +47,8 @@ def test_dmd_pulls_a_gaussian_onto_the_teachers():
     for step in range(200):
         x0 = mean + rand(256, 1, 1, 1, 1, seed=step)
         t = score_times(256, 1, 5.0, torch.Generator().manual_seed(step))
-        loss, _ = dmd_loss(x0, None, score_model(mean.detach()), score_model(1.0), t, rand(256, 1, 1, 1, 1, seed=1000 + step))
+        eps = rand(256, 1, 1, 1, 1, seed=1000 + step)
+        loss, _ = dmd_loss(x0, None, score_model(mean.detach()), score_model(1.0), t, eps)
         optimizer.zero_grad(), loss.backward(), optimizer.step()
     assert abs(mean.item() - 1) < 0.1
 
@@ -84,7 +87,8 @@ def test_triples_have_exactly_the_stated_distribution():
 
 
 def test_semigroup_defect_by_hand():
-    """Bug: composed endpoint from the wrong time. For v = x: x1 = x (1 - (ts - te)), x2 = x (1 - (ts - tm)) (1 - (tm - te))."""
+    """Bug: composed endpoint from the wrong time. For v = x: x1 = x (1 - (ts - te)), x2 = x (1 - (ts - tm)) (1 - (tm
+    - te))."""
     x, ts, tm, te = rand(4, 3).double(), 0.9, 0.5, 0.2
     calls = []
 
@@ -131,7 +135,8 @@ def test_sc_gradient_goes_where_it_is_said(through):
 # -- causal consistency distillation ----------------------------------------------------------------------------------
 
 def test_causal_cd_equals_official(golden, golden_net):
-    """Bug: guidance, Euler step, or the target's time wrong (golden I1). The official x_0 reads its sigma off a 1000-step
+    """Bug: guidance, Euler step, or the target's time wrong (golden I1). The official x_0 reads its sigma off a
+    1000-step
     grid, up to .0016 away from t, so ours is checked on its velocities and with the sigmas it used."""
     g = golden("I1")
     teacher, student, ema = golden_net("W0"), golden_net("W1"), golden_net("W2")
@@ -147,13 +152,13 @@ def test_causal_cd_equals_official(golden, golden_net):
             return seen[name][1]
         return call
 
-    causal_cd_loss(record("student", student), record("ema", ema), record("teacher", teacher), x0, g["context"], grid, index,
-                   g["noise"], 1)
+    causal_cd_loss(record("student", student), record("ema", ema), record("teacher", teacher), x0, g["context"], grid,
+                   index, g["noise"], 1)
     close(seen["teacher"][1], g["teacher_flow_uncond"] + 3 * (g["teacher_flow_cond"] - g["teacher_flow_uncond"]), 1e-3)
     close(seen["ema"][0], g["latent_t_next"], 1e-3)
 
     # once more with the official sigmas in place of ours: loss and parameter gradients
-    s_noise, (s, s_next) = g["sigma_t_add_noise"].item(), (g["sigma_t_x0_conversion"][0], g["sigma_t_next_x0_conversion"][0])
+    s_noise, s, s_next = (g[f"sigma_t_{x}"].flatten()[0] for x in ("add_noise", "x0_conversion", "next_x0_conversion"))
     x_t = (1 - s_noise) * x0 + s_noise * g["noise"]
     close(x_t, g["latent_t"])
     layout = dict(chunk=1, clean=x0)
@@ -187,7 +192,8 @@ def test_causal_cd_anchors_the_last_interval_to_the_teacher():
 
 
 def test_causal_cd_gradient_routing_and_index(tiny):
-    """Bug: gradient into teacher or target; a time that differs inside a chunk; an index that misses the last interval."""
+    """Bug: gradient into teacher or target; a time that differs inside a chunk; an index that misses the last
+    interval."""
     student, ema, teacher = tiny(), tiny(), tiny()
     index = draw_index(64, 6, 2, 4, torch.Generator().manual_seed(0))
     assert torch.equal(index[:, ::2], index[:, 1::2]) and set(index.flatten().tolist()) == {0, 1, 2, 3}

@@ -7,7 +7,8 @@ from conftest import close, close_norm
 from model import SIZES, CausalWan, WanConfig, rope_angles, rotate, sinusoid, visible
 
 
-@pytest.mark.parametrize("size, parameters, tensors", [("wan1.3b", 1_418_996_800, 825), ("wan14b", 14_288_491_584, 1_095)])
+@pytest.mark.parametrize("size, parameters, tensors",
+                         [("wan1.3b", 1_418_996_800, 825), ("wan14b", 14_288_491_584, 1_095)])
 def test_official_sizes(size, parameters, tensors):
     """Bug: a missing bias or norm, or a name of ours, so that official weights would not load."""
     with torch.device("meta"):
@@ -85,7 +86,8 @@ def test_cached_rollout_equals_teacher_forcing(tiny, chunk, window, sink):
 
 
 def test_diffusion_forcing_of_clean_frames_is_the_clean_stream(tiny):
-    """Bug: the clean stream of teacher forcing seeing anything but earlier clean chunks: a second route to the same number."""
+    """Bug: the clean stream of teacher forcing seeing anything but earlier clean chunks: a second route to the same
+    number."""
     net = tiny()
     x, t, text, clean = inputs()
     mixed = torch.cat([clean[:, :4], x[:, 4:]], dim=1)
@@ -95,7 +97,8 @@ def test_diffusion_forcing_of_clean_frames_is_the_clean_stream(tiny):
 
 @pytest.mark.parametrize("layout", ["bidirectional", "chunk", "clean"])
 def test_causality_by_gradient(tiny, layout):
-    """Bug: a frame that depends on what it must not see, or not on what it must. Read off the Jacobian, frame by frame."""
+    """Bug: a frame that depends on what it must not see, or not on what it must. Read off the Jacobian, frame by
+    frame."""
     net, f, chunk = tiny(), 6, 2
     x, t, text, clean = inputs(b=1)
     x.requires_grad_(), clean.requires_grad_()

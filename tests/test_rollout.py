@@ -23,7 +23,8 @@ def recorded(g, chunk):
     ("E1", 3, 4, 4, None, 0), ("E2", 1, 4, 4, None, 0), ("E3", 1, 2, 4, None, 0), ("F1", 1, 4, 4, 4, 1)])
 @torch.no_grad()
 def test_rollouts_equal_official(golden, golden_net, case, chunk, steps, first, window, sink):
-    """Bug: anything in the order of steps, re-noising, committing, the first chunk's steps, the window (golden E1-E3, F1)."""
+    """Bug: anything in the order of steps, re-noising, committing, the first chunk's steps, the window (golden E1-E3,
+    F1)."""
     g, net = golden(case), golden_net("W0", window=window, sink=sink)
     grid, first_grid = grids(steps, 5.0, first)
     x0 = [c.x0 for c in stream(net, recorded(g, chunk), g["context"], grid, first_grid=first_grid,
@@ -32,7 +33,8 @@ def test_rollouts_equal_official(golden, golden_net, case, chunk, steps, first, 
 
 
 def test_training_rollout_has_the_clean_gradient(golden, golden_net):
-    """Bug: gradient that leaks through the cache (golden E8, `grad_detached`). The official rollout commits its chunks with
+    """Bug: gradient that leaks through the cache (golden E8, `grad_detached`). The official rollout commits its
+    chunks with
     a little noise, sigma = .00498; so does this test's network."""
     g, net = golden("E8"), golden_net("W0")
     commits = iter([g["noise_003"], g["noise_007"], g["noise_011"]])
@@ -58,7 +60,8 @@ def test_training_rollout_has_the_clean_gradient(golden, golden_net):
 
 
 def test_rollout_equals_teacher_forcing_on_its_own_history(tiny):
-    """Bug: a rollout whose cache is not what it generated. One step, chunk-wise: a teacher-forcing pass gives the same clip."""
+    """Bug: a rollout whose cache is not what it generated. One step, chunk-wise: a teacher-forcing pass gives the
+    same clip."""
     net, g = tiny(), torch.Generator().manual_seed(0)
     noise, text = torch.randn(2, 1, 6, 3, 4, 6, generator=g), torch.randn(2, 3, 5, generator=g)
     with torch.no_grad():

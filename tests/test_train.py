@@ -1,0 +1,229 @@
+"""The recipe in tiny form: every stage, exact resume, the README's commands, bad input, nothing lost."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import data
+import sample
+import train
+from model import read_tensors
+
+TINY = dict(bidirectional_steps=3, teacher_forcing_steps=3, causal_cd_steps=3, salt_steps=5, bidirectional_batch=4,
+            teacher_forcing_batch=4, causal_cd_batch=4, salt_batch=2, critic_steps=2, frames=4, eval_clips=6,
+            teacher_eval_steps=3, align_warmup=0.0, align_prob=1.0, save_every=2, device="cpu")
+
+
+def config(out, **changes):
+    return train.Config(**{**TINY, "out": str(out), **changes})
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A whole tiny run, and its rows."""
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    return out, train.main(config(out))
+
+
+def test_whole_recipe_leaves_what_it_promises(run):
+    """Bug: a stage that is not run, not saved, not measured, or not drawn."""
+    out, rows = run
+    assert {r["stage"] for r in rows} == {"the world", *train.STAGES}
+    for stage in train.STAGES:
+        assert {"ema", "raw"} == {r["weights"] for r in rows if r["stage"] == stage}
+        assert Image.open(out / f"{stage}.png").size[0] > 100
+        assert Image.open(out / f"{stage}.webp").n_frames == 4
+        assert read_tensors(out / f"{stage}.safetensors")[1]["stage"] == stage
+    assert json.loads((out / "config.json").read_text())["salt_steps"] == 5
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["stage"] == "salt"] == list(range(5))
+    assert lines[-1]["generator_updates"] == 5 and lines[-1]["critic_updates"] == 10
+    assert not list(out.glob("*.writing"))
+
+
+def test_every_stage_changes_what_it_trains(run):
+    """Bug: an optimizer built on other parameters than those of the loss; an EMA that never moves."""
+    out, _ = run
+    before = None
+    for stage in train.STAGES:
+        raw, ema = (read_tensors(out / f"{stage}{kind}.safetensors")[0] for kind in ("_raw", ""))
+        assert any(not torch.equal(raw[k], ema[k]) for k in raw)
+        assert before is None or any(not torch.equal(raw[k], before[k]) for k in raw)
+        before = ema
+
+
+def test_stopped_and_resumed_equals_straight(run, tmp_path):
+    """Bug: anything not saved (optimizer, EMA, critic, step) or any draw that depends on history. Bit for bit, with
+    stops in
+    every stage, one of them right after a save and others between two."""
+    out, _ = run
+    for _ in range(30):
+        if train.main(config(tmp_path, stop_after=3)):
+            break
+    for stage in train.STAGES:
+        for kind in ("", "_raw", ".state"):
+            a, b = (read_tensors(folder / f"{stage}{kind}.safetensors")[0] for folder in (out, tmp_path))
+            assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), (stage, kind)
+    assert (out / "metrics.jsonl").read_text() == (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_killed_between_saves_goes_on_from_the_last_one(run, tmp_path, monkeypatch):
+    """Bug: metrics counted twice, or a state that is ahead of its weights, after a crash in the middle of an update."""
+    out, _ = run
+    crash = {"at": 3}
+    real = train.average
+
+    def average(ema, net, decay, step):
+        if step == crash["at"]:
+            raise KeyboardInterrupt
+        real(ema, net, decay, step)
+
+    for stage in train.STAGES[:3]:
+        for kind in ("", "_raw"):
+            name = f"{stage}{kind}.safetensors"
+            (tmp_path / name).write_bytes((out / name).read_bytes())
+    monkeypatch.setattr(train, "average", average)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(config(tmp_path, stage="salt"))
+    crash["at"] = None
+    train.main(config(tmp_path, stage="salt"))
+    a, b = (read_tensors(folder / "salt_raw.safetensors")[0] for folder in (out, tmp_path))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(5))
+
+
+def test_other_seeds_are_other_runs(run, tmp_path):
+    """Bug: a seed that is not used."""
+    train.main(config(tmp_path, stage="bidirectional", seed=1))
+    a, b = (read_tensors(folder / "bidirectional.safetensors")[0] for folder in (run[0], tmp_path))
+    assert any(not torch.equal(a[k], b[k]) for k in a)
+
+
+def test_salt_uses_each_of_its_terms(run):
+    """Bug: a term of Salt Eq. 13 that is never on, or on at the wrong K."""
+    cfg = config(run[0], salt_batch=1, critic_steps=1)
+    training, seen = train.salt(cfg), {}
+    for step in range(24):
+        m = training.update(step)
+        seen.setdefault(m["K"], []).append(m)
+    assert set(seen) == {2, 4, 8}
+    assert all("align" in m and "sc" not in m for k in (2, 4) for m in seen[k])
+    assert all("align" not in m for m in seen[8])
+    assert all(("sc" in m) == (m["exit_step"] < 7) for m in seen[8])
+
+
+def test_evaluation_does_not_depend_on_its_batch(run):
+    """Bug: clips that change with how many are measured at once."""
+    cfg = config(run[0])
+    net = train.frozen(train.build(cfg, train.finished(cfg, "salt")))
+    _, prompts, noise = train.evaluation_set(cfg, 4)
+    whole = train.generate(cfg, "salt", net, 2, prompts, noise)
+    half = train.generate(cfg, "salt", net, 2, prompts[2:], noise[2:])
+    assert torch.allclose(whole[2:], half, atol=1e-5)
+
+
+# -- the README's commands --------------------------------------------------------------------------------------------
+
+def command(*words, cwd=ROOT):
+    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, capture_output=True, text=True)
+
+
+def test_sample_command(run, tmp_path):
+    """Bug: the second command; 64 frames from a model trained on 4; steps, seed or solver that change nothing."""
+    out, pictures = run[0], []
+    for i, words in enumerate([(), ("--seed", 1), ("--steps", 4), ("--solver", "euler"), ("--chunk", 2)]):
+        path = tmp_path / f"{i}.webp"
+        ran = command(ROOT / "sample.py", "--checkpoint", out / "salt.safetensors", "--prompt", "red ball",
+                      "--frames", 64, "--out", path, *words)
+        assert ran.returncode == 0, ran.stderr
+        with Image.open(path) as picture:
+            assert picture.n_frames > 1
+            pictures.append(path.read_bytes())
+    assert len(set(pictures)) == len(pictures)
+    assert "warning" in ran.stderr and "chunk" in ran.stderr
+
+
+def test_sample_finds_the_newest_student(run, tmp_path, monkeypatch):
+    """Bug: a default checkpoint that is not there."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="train.py"):
+        sample.newest_student()
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "tiny").symlink_to(run[0])
+    assert sample.newest_student().name == "salt.safetensors"
+
+
+def test_help_explains_every_flag():
+    """Bug: a setting that nobody can find."""
+    ran = command(ROOT / "train.py", "--help")
+    for f in dataclasses.fields(train.Config):
+        assert f"--{f.name.replace('_', '-')} " in ran.stdout and f.metadata["help"]
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(size="huge"), "--size"), (dict(stage="dmd"), "--stage"), (dict(frames=5, chunk=2), "--chunk"),
+    (dict(mixed_steps=(2, 4)), "--mixed-probs"), (dict(mixed_steps=(2, 3, 8)), "--mixed-steps"),
+    (dict(salt_steps=0), "--salt-steps"), (dict(longer=0.0), "--longer")])
+def test_bad_settings_are_named(tmp_path, changes, message):
+    """Bug: a setting that fails an hour later, deep inside, or after something was written."""
+    with pytest.raises(ValueError, match=message):
+        train.main(config(tmp_path / "new", **changes))
+    assert not (tmp_path / "new").exists()
+
+
+def test_unknown_flag():
+    """Bug: a mistyped flag that is ignored."""
+    ran = command(ROOT / "train.py", "--salt-stepz", 3)
+    assert ran.returncode != 0 and "--salt-stepz" in ran.stderr
+
+
+def test_checkpoints_missing_truncated_or_of_another_stage(run, tmp_path):
+    """Bug: a pickle error or a silent restart in place of a message; a damaged file that is overwritten."""
+    with pytest.raises(ValueError, match="--stage teacher_forcing"):
+        train.main(config(tmp_path, stage="causal_cd"))
+    whole = (run[0] / "bidirectional.safetensors").read_bytes()
+    (tmp_path / "teacher_forcing.safetensors").write_bytes(whole)
+    with pytest.raises(ValueError, match="got .* of stage bidirectional.*expected stage teacher_forcing"):
+        train.main(config(tmp_path, stage="causal_cd"))
+    (tmp_path / "bidirectional.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="damaged or truncated.*bidirectional"):
+        train.main(config(tmp_path))
+    assert (tmp_path / "bidirectional.safetensors").read_bytes() == whole[:-100]
+    (tmp_path / "bidirectional.state.safetensors").write_bytes(whole[:50])
+    (tmp_path / "bidirectional.safetensors").unlink()
+    with pytest.raises(ValueError, match="damaged or truncated.*state"):
+        train.main(config(tmp_path))
+    for path in (tmp_path / "none.safetensors", run[0] / "bidirectional.safetensors"):
+        ran = command(ROOT / "sample.py", "--checkpoint", path)
+        assert ran.returncode == 1 and ran.stderr.startswith("ValueError: got") and "--checkpoint" in ran.stderr
+    for words in (("--frames", 7, "--chunk", 2), ("--window", 1), ("--prompt", "red fox"), ("--steps", 0)):
+        ran = command(ROOT / "sample.py", "--checkpoint", run[0] / "salt.safetensors", *words)
+        assert ran.returncode == 1 and ran.stderr.splitlines()[-1].startswith("ValueError: ") and words[0] in ran.stderr
+
+
+def test_half_trained_stage_refuses_other_settings(tmp_path):
+    """Bug: a run that goes on with another seed or learning rate and calls it the same."""
+    train.main(config(tmp_path, stage="bidirectional", stop_after=2))
+    with pytest.raises(ValueError, match="--bidirectional-lr"):
+        train.main(config(tmp_path, stage="bidirectional", bidirectional_lr=1.0))
+    train.main(config(tmp_path, stage="bidirectional", salt_steps=9))  # another stage's setting does not matter
+
+
+def test_non_finite_loss_stops_and_loses_nothing(tmp_path, monkeypatch):
+    """Bug: a NaN that is trained on, or that overwrites the last good state."""
+    train.main(config(tmp_path, stage="bidirectional", stop_after=2))
+    before = (tmp_path / "bidirectional.state.safetensors").read_bytes()
+    real = data.clips
+    monkeypatch.setattr(data, "clips", lambda *a: (real(*a)[0] * float("nan"), real(*a)[1]))
+    with pytest.raises(ValueError, match="step 2.*non-finite.*--bidirectional-lr"):
+        train.main(config(tmp_path, stage="bidirectional"))
+    assert (tmp_path / "bidirectional.state.safetensors").read_bytes() == before
