@@ -71,27 +71,20 @@ def bounce(x: Tensor) -> Tensor:
     return RADIUS + torch.where(x > span, 2 * span - x, x)
 
 
-def track(frames: int, g: torch.Generator) -> tuple[Tensor, int]:
-    """One random flight: centres in pixels `frames 2`, and the number of its prompt in PROMPTS."""
-    prompt = int(torch.randint(len(PROMPTS), (), generator=g))
-    u = torch.rand(frames, 4, generator=g)
-    xy, angle = RADIUS + (SIZE - 2 * RADIUS) * u[0, :2], 2 * math.pi * u[0, 2]
-    centres = [xy]
-    for i in range(1, frames):
-        if u[i, 0] < TURN:
-            angle = 2 * math.pi * u[i, 1]
-        step = SPEED * torch.stack([angle.cos(), angle.sin()])
-        straight, xy = xy + step, bounce(xy + step)
-        cos, sin = torch.where(xy == straight, step, -step)  # a wall mirrors the direction across it
-        angle = torch.atan2(sin, cos)
-        centres.append(xy)
-    return torch.stack(centres), prompt
-
-
 def tracks(indices, frames: int, seed: int) -> tuple[Tensor, Tensor]:
-    """The world's flights number `indices` of stream `seed`: centres `b frames 2`, prompts `b` (numbers in PROMPTS)."""
-    made = [track(frames, generator(seed, i)) for i in indices]
-    return torch.stack([xy for xy, _ in made]), torch.tensor([prompt for _, prompt in made])
+    """Random flights number `indices` of stream `seed`: centres in pixels `b frames 2`, prompts `b` (as in PROMPTS)."""
+    u = torch.stack([torch.rand(frames, 4, generator=generator(seed, i)) for i in indices])
+    prompts = (u[:, 0, 3] * len(PROMPTS)).long()
+    centres, angle = [RADIUS + (SIZE - 2 * RADIUS) * u[:, 0, :2]], 2 * math.pi * u[:, 0, 2]
+    for i in range(1, frames):
+        angle = torch.where(u[:, i, 0] < TURN, 2 * math.pi * u[:, i, 1], angle)
+        step = SPEED * torch.stack([angle.cos(), angle.sin()], dim=-1)
+        straight = centres[-1] + step
+        centres.append(bounce(straight))
+        hit = (centres[-1] - straight).abs() > 1e-4
+        step = torch.where(hit, -step, step)  # a wall mirrors the direction across it
+        angle = torch.atan2(step[:, 1], step[:, 0])
+    return torch.stack(centres, dim=1), prompts
 
 
 def clips(indices, frames: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,7 @@ import json
 import math
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -104,13 +105,20 @@ def rope_angles(frames: Tensor, h: int, w: int, dh: int) -> Tensor:
     def angles(position, pairs):
         return torch.outer(position.double(), torch.pow(10000, -torch.arange(pairs, dtype=torch.float64) / pairs))
 
-    f, device = len(frames), frames.device
+    f = len(frames)
     grid = torch.cat([
-        angles(frames.cpu(), dh // 2 - 2 * third)[:, None, None].expand(f, h, w, -1),
+        angles(frames, dh // 2 - 2 * third)[:, None, None].expand(f, h, w, -1),
         angles(torch.arange(h), third)[None, :, None].expand(f, h, w, -1),
         angles(torch.arange(w), third)[None, None, :].expand(f, h, w, -1),
     ], dim=-1)
-    return rearrange(grid, "f h w p -> (f h w) p").to(device)
+    return rearrange(grid, "f h w p -> (f h w) p")
+
+
+@lru_cache(maxsize=16)  # the steps of a chunk, and the chunks of the next rollout, ask for the same tables
+def rope_tables(frames: tuple[int, ...], h: int, w: int, dh: int, device) -> tuple[Tensor, Tensor]:
+    """cos and sin of rope_angles, float32 `(f h w) 1 dh/2`, on a device."""
+    angles = rope_angles(torch.tensor(frames), h, w, dh)[:, None]
+    return angles.cos().float().to(device), angles.sin().float().to(device)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -322,8 +330,7 @@ class CausalWan(nn.Module):
     # -- the layouts -------------------------------------------------------------------------------------------------
 
     def _rope(self, frames, h, w, device):
-        angles = rope_angles(torch.as_tensor(frames), h, w, self.config.dim // self.config.num_heads)[:, None]
-        return angles.cos().float().to(device), angles.sin().float().to(device)  # (n 1 dh/2)
+        return rope_tables(tuple(frames), h, w, self.config.dim // self.config.num_heads, device)
 
     def _bidirectional(self, f, h, w, device):
         rope = self._rope(range(f), h, w, device)
