@@ -36,7 +36,7 @@ def causal_cd_loss(student, ema, teacher, x0: Tensor, text: Tensor, grid: Tensor
     student, ema, teacher: causal networks called as net(x, t, text, chunk=n, clean=x0); the teacher guided.
     x0, eps: `b f c h w`. grid: descending times `N`. index: integers `b f` into the grid, equal within a chunk.
     """
-    times = torch.cat([grid, torch.zeros(1)]).to(x0.device)
+    times = torch.cat([grid, grid.new_zeros(1)]).to(x0.device)
     t, s = times[index], times[index + 1]
     x_t = add_noise(x0, eps, t)
     with torch.no_grad():

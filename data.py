@@ -1,7 +1,7 @@
 """The toy world: short clips of one coloured shape that moves, bounces and turns at random, and their exact
 measurement.
 
-A clip is `f` frames of 12 x 12 RGB pixels, shifted and scaled to unit variance as the latents of a video model are.
+A clip is `f` frames of 10 x 10 RGB pixels, shifted and scaled to unit variance as the latents of a video model are.
 Its prompt is two words, a colour and a shape. The shape starts anywhere, flies straight at SPEED pixels per frame,
 bounces off the walls, and before every frame, with probability TURN, picks a new direction at random. So given the
 past the next frame has many possible futures: their mean is a blur, and a model that predicts in one step what it can
@@ -19,6 +19,7 @@ with no learned metric, the numbers of every table of this project (`measure`):
 """
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -71,9 +72,9 @@ def bounce(x: Tensor) -> Tensor:
     return RADIUS + torch.where(x > span, 2 * span - x, x)
 
 
-def tracks(indices, frames: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Random flights number `indices` of stream `seed`: centres in pixels `b frames 2`, prompts `b` (as in PROMPTS)."""
-    u = torch.stack([torch.rand(frames, 4, generator=generator(seed, i)) for i in indices])
+def tracks(indices, frames: int, *key: int) -> tuple[Tensor, Tensor]:
+    """Random flights number `indices` of stream `key`: centres in pixels `b frames 2`, prompts `b` (as in PROMPTS)."""
+    u = torch.stack([torch.rand(frames, 4, generator=generator(*key, i)) for i in indices])
     prompts = (u[:, 0, 3] * len(PROMPTS)).long()
     centres, angle = [RADIUS + (SIZE - 2 * RADIUS) * u[:, 0, :2]], 2 * math.pi * u[:, 0, 2]
     for i in range(1, frames):
@@ -87,16 +88,16 @@ def tracks(indices, frames: int, seed: int) -> tuple[Tensor, Tensor]:
     return torch.stack(centres, dim=1), prompts
 
 
-def clips(indices, frames: int, seed: int) -> tuple[Tensor, Tensor]:
+def clips(indices, frames: int, *key: int) -> tuple[Tensor, Tensor]:
     """The same flights, drawn: x `b frames 3 SIZE SIZE`, prompts `b`."""
-    xy, prompts = tracks(indices, frames, seed)
+    xy, prompts = tracks(indices, frames, *key)
     shown = prompts[:, None].expand(-1, frames)
     return render(shown // len(SHAPES), shown % len(SHAPES), xy), prompts
 
 
 def generator(*key: int) -> torch.Generator:
     """A random generator that is a function of whole numbers only, e.g. (seed, step, index in the global batch)."""
-    (state,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
+    (state,) = np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)  # (a, b) is not (a, b, 0)
     return torch.Generator().manual_seed(int(state) >> 1)
 
 
@@ -170,9 +171,13 @@ def measure(x: Tensor, prompts: Tensor, world: tuple[Tensor, Tensor]) -> dict:
     """All the metrics of this file's docstring.
 
     x: generated clips `b f 3 SIZE SIZE`; prompts: numbers `b`; world: motion(tracks(...)[0]), what motion is compared
-    with. Returns floats, and `quality_by_frame`, a list of f. A NaN anywhere makes the numbers it touches NaN.
+    with. Returns floats, and `quality_by_frame`, a list of f. Raises ValueError on clips
+    that are not finite.
     """
     b, f = x.shape[:2]
+    if not x.isfinite().all():
+        raise ValueError("got non-finite pixels in generated clips, expected finite ones: the model has diverged; "
+                         "train it with a smaller learning rate")
     xy, distance, by_prompt = invert(x.flatten(0, 1).float().cpu())
     speed, turn = motion(xy.unflatten(0, (b, f)))
     shown = by_prompt.unflatten(0, (b, f)).mean(1).argmin(1)
@@ -200,7 +205,10 @@ def pixels(x: Tensor, scale: int = 5) -> np.ndarray:
 def save_webp(path: Path, frames: np.ndarray, seconds_per_frame: float = 0.2) -> None:
     """An animated WebP that loops, from bytes `f h w 3`."""
     first, *rest = [Image.fromarray(frame) for frame in frames]
-    first.save(path, save_all=True, append_images=rest, duration=round(1000 * seconds_per_frame), loop=0, quality=90)
+    fresh = path.with_name(path.name + ".writing")
+    first.save(fresh, "webp", save_all=True, append_images=rest, duration=round(1000 * seconds_per_frame), loop=0,
+               quality=90)
+    os.replace(fresh, path)
 
 
 def sheet(rows: dict[str, Tensor], path: Path) -> None:

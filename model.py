@@ -47,7 +47,7 @@ from torch import Tensor, nn
 
 
 def check_window(window, sink, chunk):
-    if window is not None and window < sink + chunk:
+    if sink < 0 or window is not None and window < sink + chunk:
         raise ValueError(f"window {window} cannot hold a sink of {sink} and a chunk of {chunk} frames: "
                          f"give --window at least {sink + chunk}, or a smaller --sink or --chunk")
 
@@ -157,16 +157,23 @@ class Cache:
         self.frames: list[int] = []
         self.next_frame = 0
 
-    def drop_hidden(self, chunk: int):
-        """Forget the frames that a next chunk of `chunk` frames cannot see, so that memory stays flat."""
+    def seen_by(self, chunk: int):
+        """What a next chunk of `chunk` frames sees: per layer keys and values (None if empty), and frame positions."""
         check_window(self.window, self.sink, chunk)
         keep = visible(len(self.frames), chunk, self.window, self.sink)
         if len(keep) == len(self.frames):
-            return
-        def held(x):
-            return rearrange(x, "b (f s) nh dh -> b f s nh dh", f=len(self.frames))[:, keep].flatten(1, 2)
-        self.keys, self.values = [held(k) for k in self.keys], [held(v) for v in self.values]
-        self.frames = [self.frames[i] for i in keep]
+            return self.keys, self.values, self.frames
+        def pick(x):
+            return x.unflatten(1, (len(self.frames), -1))[:, keep].flatten(1, 2)
+        return [pick(k) for k in self.keys], [pick(v) for v in self.values], [self.frames[i] for i in keep]
+
+    def write(self, keys: list[Tensor], values: list[Tensor], frames: int):
+        """Add a chunk of `frames` frames; forget what chunks of this length cannot see, so that memory stays flat."""
+        old_keys, old_values, positions = self.seen_by(frames)
+        self.keys = [k if old is None else torch.cat([old, k], 1) for old, k in zip(old_keys, keys)]
+        self.values = [v if old is None else torch.cat([old, v], 1) for old, v in zip(old_values, values)]
+        self.frames = [*positions, *range(self.next_frame, self.next_frame + frames)]
+        self.next_frame += frames
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,10 +254,10 @@ class CausalWan(nn.Module):
     def init_weights(self, seed: int):
         """Random weights for training from scratch, from their own generator. The head starts at zero.
 
-        Wan's Xavier initialisation, but for two things that let a small model learn in minutes. RoPE is a token's
-        only sense of position, and it acts through q and k; so their biases start random (each head prefers some
-        direction) and their norms start at 2 (the preference is felt). And the text and time embeddings keep variance
-        1.
+        Wan's Xavier initialisation, but for three things that let a small model learn in minutes. RoPE is a token's
+        only sense of position, and it acts through q and k of self-attention: their biases start random, so that each
+        head prefers some direction. The norms of q and k start at 2, so that attention is selective from the start.
+        And the text and time embeddings keep variance 1.
         """
         g = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
@@ -282,16 +289,16 @@ class CausalWan(nn.Module):
         Returns `b f c h w` like x. Raises ValueError on shapes that do not fit.
         """
         c = self.config
+        self._check(x, t, text, chunk, clean, cache, commit)
         b, f, _, height, width = x.shape
         _, ph, pw = c.patch_size
-        self._check(x, t, text, chunk, clean, cache)
         if clean is not None:  # two streams, [clean | noisy], on the batch axis
             x, t, text = torch.cat([clean, x]), torch.cat([torch.zeros_like(t), t]), torch.cat([text, text])
         h, w = height // ph, width // pw
 
+        written = []
         if cache is not None:
-            cache.drop_hidden(f)
-            layout, written = self._cached(cache, f, h, w, x.device), []
+            layout = self._cached(cache, f, h, w, x.device)
         elif chunk is not None:
             layout = self._chunked(f, chunk, h, w, x.device, two_streams=clean is not None)
         else:
@@ -309,7 +316,7 @@ class CausalWan(nn.Module):
                 return layout(layer, q, k, v)
             tokens = block(tokens, time6, text, attend)
         if commit:
-            self._write(cache, written, f)
+            cache.write([k for k, _ in written], [v for _, v in written], f)
         if clean is not None:
             tokens, time = tokens[b:], time[b:]
         if until is not None:
@@ -319,7 +326,7 @@ class CausalWan(nn.Module):
     def new_cache(self, window: int | None = None, sink: int | None = None, relative: bool = False) -> Cache:
         """An empty past. window and sink (frames) default to the config's."""
         c = self.config
-        return Cache(c.num_layers, window or c.window, c.sink if sink is None else sink, relative)
+        return Cache(c.num_layers, c.window if window is None else window, c.sink if sink is None else sink, relative)
 
     @torch.no_grad()
     def append(self, cache: Cache, x0: Tensor, text: Tensor) -> None:
@@ -344,8 +351,9 @@ class CausalWan(nn.Module):
         def attend(layer, q, k, v):
             q, k = rotate(q, rope), rotate(k, rope)
             q, k, v = (z.split(s, dim=1) for z in (q, k, v))  # per frame; split, unlike slicing, has a cheap backward
-            past = [torch.cat([z.chunk(2)[0]] * 2) for z in k], [torch.cat([z.chunk(2)[0]] * 2) for z in v]
-            past_k, past_v = past if two_streams else (k, v)
+            past_k, past_v = k, v
+            if two_streams:
+                past_k, past_v = ([torch.cat([z.chunk(2)[0]] * 2) for z in past] for past in (k, v))
             out = []
             for start, seen in zip(range(0, f, chunk), sees):
                 own = range(start, start + chunk)
@@ -357,31 +365,25 @@ class CausalWan(nn.Module):
         return attend
 
     def _cached(self, cache, f, h, w, device):
-        positions = [*cache.frames, *range(cache.next_frame, cache.next_frame + f)]
+        keys, values, positions = cache.seen_by(f)
+        positions = [*positions, *range(cache.next_frame, cache.next_frame + f)]
         if cache.relative:
             positions = list(range(len(positions)))
         cos, sin = self._rope(positions, h, w, device)
         n = f * h * w
 
         def attend(layer, q, k, v):
-            if cache.frames:
-                k, v = torch.cat([cache.keys[layer], k], 1), torch.cat([cache.values[layer], v], 1)
+            if keys[layer] is not None:
+                k, v = torch.cat([keys[layer], k], 1), torch.cat([values[layer], v], 1)
             return attention(rotate(q, (cos[-n:], sin[-n:])), rotate(k, (cos, sin)), v)
 
         return attend
 
-    @staticmethod
-    def _write(cache, written, f):
-        def extend(old, new):
-            return new if old is None else torch.cat([old, new], 1)
-        cache.keys = [extend(old, k) for old, (k, _) in zip(cache.keys, written)]
-        cache.values = [extend(old, v) for old, (_, v) in zip(cache.values, written)]
-        cache.frames = [*cache.frames, *range(cache.next_frame, cache.next_frame + f)]
-        cache.next_frame += f
-
-    def _check(self, x, t, text, chunk, clean, cache):
-        c, (b, f, channels, height, width) = self.config, x.shape
-        _, ph, pw = c.patch_size
+    def _check(self, x, t, text, chunk, clean, cache, commit):
+        c, (_, ph, pw) = self.config, self.config.patch_size
+        if x.ndim != 5:
+            raise ValueError(f"x has shape {tuple(x.shape)}; expected five axes, b f c h w")
+        b, f, channels, height, width = x.shape
         if channels != c.in_dim or height % ph or width % pw:
             raise ValueError(f"x has shape {tuple(x.shape)}; expected b f c h w with c = {c.in_dim} and h, w divisible "
                              f"by the patch {ph} x {pw} (is this the right --size?)")
@@ -394,8 +396,12 @@ class CausalWan(nn.Module):
                              f"got chunk={chunk}, clean {tuple(clean.shape)}")
         if cache is not None and (chunk is not None or clean is not None):
             raise ValueError("with a cache, x is one chunk: give neither chunk nor clean")
+        if commit and cache is None:
+            raise ValueError("commit writes into a cache: give cache=net.new_cache()")
+        if cache is not None and cache.frames and len(cache.keys[0]) != b:
+            raise ValueError(f"x holds {b} clips, the cache {len(cache.keys[0])}: start a new cache for another batch")
         if chunk is not None:
-            if f % chunk:
+            if chunk < 1 or f % chunk:
                 raise ValueError(f"{f} frames do not divide into chunks of {chunk}: change --frames or --chunk")
             check_window(c.window, c.sink, chunk)
 
@@ -413,17 +419,23 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
     os.replace(fresh, path)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
+def read_tensors(path: Path, only_about: bool = False) -> tuple[dict[str, Tensor], dict]:
     """The tensors of a safetensors file and its `about`. ValueError if it is missing or damaged."""
     if not Path(path).is_file():
         raise ValueError(f"got no file {path}, expected a .safetensors checkpoint: train it, or change "
                          "--checkpoint or --out")
     try:
         with safe_open(path, "pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("about", "{}"))
+            about = json.loads((f.metadata() or {}).get("about", "{}"))
+            return {} if only_about else {k: f.get_tensor(k) for k in f.keys()}, about
     except (SafetensorError, OSError, json.JSONDecodeError) as e:
         raise ValueError(f"got a damaged or truncated file {path} ({e}), expected a complete .safetensors file: delete "
                          "it and train this stage again, or give another --checkpoint or --out") from e
+
+
+def about_of(path: Path) -> dict:
+    """The `about` of a safetensors file, without its tensors."""
+    return read_tensors(path, only_about=True)[1]
 
 
 def load_weights(net: CausalWan, weights: dict[str, Tensor], path) -> CausalWan:

@@ -28,7 +28,6 @@ from flowmap import check_solver, euler, renoise, schedule, to_x0
 class Chunk:
     """One finished chunk and how its last step came about: x0 = x_t - t v. All tensors `b n c h w`."""
 
-    first_frame: int
     x0: Tensor
     x_t: Tensor
     v: Tensor
@@ -49,15 +48,21 @@ def stream(net, noise: Callable[[int, int], Tensor], text: Tensor, grid: Tensor,
     net: a causal network or flowmap.Guided. noise(i, k): `b n c h w`, for chunk i the start (k = 0) or what the CM
     solver adds at the k-th time. text: `b l d`. grid, first_grid: descending times without 0. exit_step: stop every
     chunk at this index of the grid (the first chunk at the same fraction of its own); gradient flows through that
-    last forward only, where the caller has it enabled. cache: a past to continue from.
+    last forward only, where the caller has it enabled. cache: a past to continue from; then no chunk counts as the
+    first.
     """
     check_solver(solver)
     cache = net.new_cache() if cache is None else cache
     exit_step = len(grid) - 1 if exit_step is None else exit_step
+    first_grid = grid if first_grid is None or cache.next_frame > 0 else first_grid
+    if not 0 <= exit_step < len(grid) <= len(first_grid):
+        raise ValueError(f"got exit step {exit_step} of a grid of {len(grid)} times, and {len(first_grid)} for the "
+                         "first chunk; expected a step of the grid, and no fewer for the first chunk: change "
+                         "--first-steps")
     with_grad = torch.is_grad_enabled()
     for i in range(chunks):
         times, last = grid.tolist(), exit_step
-        if i == 0 and first_grid is not None:
+        if i == 0:
             times, last = first_grid.tolist(), (exit_step + 1) * len(first_grid) // len(grid) - 1
         x = noise(i, 0)
         for k, t in enumerate(times[: last + 1]):
@@ -67,7 +72,7 @@ def stream(net, noise: Callable[[int, int], Tensor], text: Tensor, grid: Tensor,
                     s = times[k + 1]
                     x = renoise(x, v, t, s, noise(i, k + 1)) if solver == "cm" else euler(x, v, t, s)
         x0 = to_x0(x, v, t)
-        yield Chunk(i * x.shape[1], x0, x, v, t, cache)
+        yield Chunk(x0, x, v, t, cache)
         net.append(cache, x0.detach(), text)
 
 

@@ -4,10 +4,10 @@
     python sample.py --prompt "red ball" --steps 2 --frames 64 --seed 1 --out ball.webp
     python sample.py --checkpoint runs/toy/teacher_forcing.safetensors --steps 40 --solver euler
 
-Steps, solver, chunk and shift default to what the checkpoint was trained for, and a mismatch is a warning that says
-what to expect. Clips longer than those of training slide a window over the past: the first --sink frames and the last
-ones up to --window frames in all, with positions counted inside the window, so that memory and time per chunk stay
-flat.
+Steps, solver, chunk, window and shift default to what the checkpoint was trained for, and a mismatch is a warning
+that says what to expect. Clips longer than those of training slide a window over the past: the first --sink frames
+and the last ones up to --window frames in all, with positions counted inside the window, so that memory and time per
+chunk stay flat.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import data
 from flowmap import Guided
-from model import SIZES, CausalWan, check_window, load_weights, read_tensors
+from model import SIZES, CausalWan, about_of, check_window, load_weights, read_tensors
 from rollout import grids, stream
 
 
@@ -31,7 +31,7 @@ def newest_student() -> Path:
     if not found:
         raise ValueError("got no student in runs/, expected runs/*/salt.safetensors or runs/*/causal_cd.safetensors: "
                          "run `python train.py` first, or give --checkpoint")
-    return max(found, key=lambda path: read_tensors(path)[1].get("saved", 0))
+    return max(found, key=lambda path: about_of(path).get("saved", 0))
 
 
 def parse(argv=None):
@@ -58,10 +58,12 @@ def with_defaults(args, about: dict):
     if about.get("stage") not in ("teacher_forcing", "causal_cd", "salt"):
         raise ValueError(f"got a checkpoint of stage {about.get('stage')}, expected an autoregressive one "
                          "(teacher_forcing, causal_cd, salt): change --checkpoint")
-    student = about["stage"] in ("causal_cd", "salt")
-    trained = {"steps": 2 if student else 40, "first_steps": about["first_steps"] if student else 1,
-               "chunk": about["chunk"], "solver": about["solver"], "shift": about["shift"],
-               "guidance": 1.0 if student else about["guidance"], "window": about["frames"]}
+    if "solver" not in about:
+        raise ValueError("got a .state file of a training run, expected a finished stage's: change --checkpoint")
+    student, c = about["stage"] in ("causal_cd", "salt"), about["config"]
+    trained = {"steps": 2 if student else 40, "first_steps": c["first_steps"] if student else 1, "chunk": c["chunk"],
+               "solver": about["solver"], "shift": c["shift"], "guidance": 1.0 if student else c["guidance"],
+               "window": c["frames"]}
     expect = {"solver": "a student of consistency distillation blurs under euler, a teacher stays noisy under cm",
               "chunk": "frames jump at the borders of chunks it was not trained for",
               "shift": "its times differ from those trained", "first_steps": "another first frame, and all that follow"}
@@ -72,11 +74,19 @@ def with_defaults(args, about: dict):
         elif given != value and name in expect:
             print(f"warning: --{name.replace('_', '-')} {given}, but the checkpoint ({about['stage']}) was trained for "
                   f"{value}; expect this: {expect[name]}", file=sys.stderr)
+    if student and args.steps not in (1, *c["mixed_steps"]):
+        print(f"warning: --steps {args.steps}, but the checkpoint was trained for {c['mixed_steps']}; expect errors "
+              "at the times between", file=sys.stderr)
+    if args.window > c["frames"]:
+        print(f"warning: --window {args.window}, but the checkpoint was trained on {c['frames']} frames; expect errors "
+              "at positions it has never seen", file=sys.stderr)
     if not student and args.steps < 8:
         print(f"warning: --steps {args.steps} of a multi-step teacher; expect a blur. Its students do this well",
               file=sys.stderr)
     if args.steps < 1 or args.first_steps < 1:
         raise ValueError(f"got --steps {args.steps} and --first-steps {args.first_steps}, expected at least 1")
+    if args.out.suffix != ".webp":
+        raise ValueError(f"got --out {args.out}, expected a name that ends in .webp")
     if args.chunk < 1 or args.frames < 1 or args.frames % args.chunk:
         raise ValueError(f"got --frames {args.frames} and --chunk {args.chunk}, expected a multiple of the chunk")
     check_window(args.window, args.sink, args.chunk)

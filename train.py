@@ -24,7 +24,8 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -37,15 +38,16 @@ import dmd
 import sc_loss
 from causal_cd import causal_cd_loss, draw_index
 from flowmap import Guided, flow_matching_loss, sample, schedule, warp
-from model import SIZES, CausalWan, load_weights, read_tensors, write_tensors
+from model import SIZES, CausalWan, about_of, load_weights, read_tensors, write_tensors
 from rollout import grids, shared_noise, stream
 
 STAGES = ("bidirectional", "teacher_forcing", "causal_cd", "salt")
 FEW_STEP = ("causal_cd", "salt")
 
 
-def flag(default, help):
-    return field(default=default, metadata={"help": help})
+def flag(default, help, affects="bidirectional"):
+    """A setting; affects: the first stage whose weights depend on it, or "none"."""
+    return field(default=default, metadata={"help": help, "affects": affects})
 
 
 @dataclass
@@ -53,109 +55,123 @@ class Config:
     """Every setting of a run; each is also a command-line flag of the same name."""
 
     size: str = flag("toy", "the network: toy")
-    stage: str = flag("all", f"one of {', '.join(STAGES)}; all of them; or evaluate")
-    out: str = flag("runs/toy", "folder for checkpoints, metrics and pictures")
+    stage: str = flag("all", f"one of {', '.join(STAGES)}; all of them; or evaluate", "none")
+    out: str = flag("runs/toy", "folder for checkpoints, metrics and pictures", "none")
     seed: int = flag(0, "of weights, data, noise and every other draw")
-    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda", "none")
     longer: float = flag(1.0, "multiply the steps of every stage")
-    save_every: int = flag(50, "steps between saves of the state a stopped run resumes from")
-    stop_after: int = flag(0, "stop (resumably) after this many updates in this process; 0: never")
+    save_every: int = flag(100, "steps between saves of the state a stopped run resumes from", "none")
+    stop_after: int = flag(0, "stop (resumably) after this many updates in this process; 0: never", "none")
 
     frames: int = flag(8, "latent frames per clip")
     chunk: int = flag(1, "frames per autoregressive chunk")
-    shift: float = flag(5.0, "timestep shift of inference grids and of DMD's times (CF++: 5)")
+    clip_norm: float = flag(1.0, "largest gradient norm")
     train_shift: float = flag(3.0, "timestep shift of the times in flow matching")
     prompt_dropout: float = flag(0.1, "share of clips trained without their prompt, for guidance")
-    guidance: float = flag(1.5, "teacher guidance w in v_u + w (v_c - v_u)")
-    clip_norm: float = flag(1.0, "largest gradient norm")
-    ema: float = flag(0.99, "decay of the averaged weights")
+    ema: float = flag(0.99, "decay of the averaged weights of both teachers")
 
     bidirectional_steps: int = flag(6000, "updates of stage bidirectional")
     bidirectional_batch: int = flag(16, "clips per update")
     bidirectional_lr: float = flag(4e-3, "learning rate")
-    teacher_forcing_steps: int = flag(1200, "updates of stage teacher_forcing")
-    teacher_forcing_batch: int = flag(16, "clips per update")
-    teacher_forcing_lr: float = flag(3e-3, "learning rate")
 
-    causal_cd_steps: int = flag(700, "updates of stage causal_cd")
-    causal_cd_batch: int = flag(16, "clips per update")
-    causal_cd_lr: float = flag(1e-3, "learning rate")
-    causal_cd_grid: int = flag(48, "times of the consistency grid (CF++: 48)")
-    causal_cd_ema: float = flag(0.95, "decay of the target network theta-")
+    teacher_forcing_steps: int = flag(1200, "updates of stage teacher_forcing", "teacher_forcing")
+    teacher_forcing_batch: int = flag(16, "clips per update", "teacher_forcing")
+    teacher_forcing_lr: float = flag(3e-3, "learning rate", "teacher_forcing")
 
-    salt_steps: int = flag(150, "generator updates of stage salt")
-    salt_batch: int = flag(16, "clips per rollout")
-    salt_lr: float = flag(3e-4, "learning rate of the generator")
-    critic_lr: float = flag(6e-4, "learning rate of the critic")
-    critic_steps: int = flag(4, "critic updates per generator update")
-    salt_ema: float = flag(0.95, "decay of the generator's averaged weights")
-    mixed_steps: tuple = flag((2, 4, 8), "rollout lengths K (Salt Sec. 3.3)")
-    mixed_probs: tuple = flag((0.2, 0.4, 0.4), "their probabilities (Salt Sec. B)")
-    first_steps: int = flag(4, "least steps of the first chunk (CF++ Sec. 4)")
-    lambda_sc: float = flag(0.2, "weight of self-consistency, at the largest K (Salt: 0.2)")
-    lambda_align: float = flag(0.5, "weight of reference alignment, at the smaller K (ours; VideoREPA's TRD weight)")
-    align_warmup: float = flag(0.25, "share of the stage before alignment starts (Salt: 600 iterations)")
-    align_prob: float = flag(0.5, "share of updates, after that, which use it (ours; Salt: 'stochastically')")
-    align_margin: float = flag(0.1, "margin delta of alignment (VideoREPA: 0.1)")
+    shift: float = flag(5.0, "timestep shift of inference grids (CF++: 5)", "causal_cd")
+    guidance: float = flag(1.5, "teacher guidance w in v_u + w (v_c - v_u)", "causal_cd")
+    causal_cd_steps: int = flag(700, "updates of stage causal_cd", "causal_cd")
+    causal_cd_batch: int = flag(16, "clips per update", "causal_cd")
+    causal_cd_lr: float = flag(1e-3, "learning rate", "causal_cd")
+    causal_cd_grid: int = flag(48, "times of the consistency grid (CF++: 48)", "causal_cd")
+    causal_cd_ema: float = flag(0.95, "decay of the target network theta-", "causal_cd")
 
-    eval_clips: int = flag(512, "clips behind each row of the table")
-    eval_seed: int = flag(0, "prompts and noise of the table; settings were chosen on 0, README reports 1")
-    teacher_eval_steps: int = flag(40, "sampling steps of the multi-step teachers")
+    salt_steps: int = flag(150, "generator updates of stage salt", "salt")
+    salt_batch: int = flag(16, "clips per rollout", "salt")
+    salt_lr: float = flag(1e-3, "learning rate of the generator", "salt")
+    critic_lr: float = flag(1e-3, "learning rate of the critic", "salt")
+    score_shift: float = flag(1.0, "timestep shift of the times at which DMD compares scores", "salt")
+    score_guidance: float = flag(1.0, "guidance w of DMD's teacher", "salt")
+    critic_steps: int = flag(4, "critic updates per generator update", "salt")
+    salt_ema: float = flag(0.95, "decay of the generator's averaged weights", "salt")
+    mixed_steps: tuple = flag((2, 4, 8), "rollout lengths K (Salt Sec. 3.3)", "salt")
+    mixed_probs: tuple = flag((0.2, 0.4, 0.4), "their probabilities (Salt Sec. B)", "salt")
+    first_steps: int = flag(4, "least steps of the first chunk (CF++ Sec. 4)", "salt")
+    lambda_sc: float = flag(0.2, "weight of self-consistency, at the largest K (Salt: 0.2)", "salt")
+    lambda_align: float = flag(0.5, "weight of alignment, at the smaller K (ours; VideoREPA's TRD weight)", "salt")
+    align_warmup: float = flag(0.25, "share of the stage before alignment starts (Salt: 600 iterations)", "salt")
+    align_prob: float = flag(0.5, "share of later updates that use it (ours; Salt: 'stochastically')", "salt")
+    align_margin: float = flag(0.1, "margin delta of alignment (VideoREPA: 0.1)", "salt")
+
+    eval_clips: int = flag(512, "clips behind each row of the table", "none")
+    eval_seed: int = flag(0, "prompts and noise of the table; settings were chosen on 0, README reports 1", "none")
+    teacher_eval_steps: int = flag(40, "sampling steps of the multi-step teachers", "none")
 
     def steps_of(self, stage: str) -> int:
         return max(1, round(getattr(self, f"{stage}_steps") * self.longer))
 
 
-# what may differ between a run and its continuation
-FREE = ("stage", "out", "device", "save_every", "stop_after", "eval_clips", "eval_seed", "teacher_eval_steps")
-
-
 def check(cfg: Config):
-    def need(ok, message):
+    """ValueError for a setting that could only fail later."""
+    def need(ok, name, expected):
         if not ok:
-            raise ValueError(message)
+            got = ", ".join(f"--{n.replace('_', '-')} {getattr(cfg, n)}" for n in name.split())
+            raise ValueError(f"got {got}, expected {expected}")
 
-    need(cfg.size == "toy", f"got --size {cfg.size}, expected toy")
-    stages = (*STAGES, "all", "evaluate")
-    need(cfg.stage in stages, f"got --stage {cfg.stage}, expected one of {', '.join(stages)}")
-    need(cfg.chunk > 0 and cfg.frames % cfg.chunk == 0 and cfg.frames > 2, f"got --frames {cfg.frames} and --chunk "
-         f"{cfg.chunk}, expected at least 3 frames, a multiple of the chunk")
-    need(len(cfg.mixed_steps) == len(cfg.mixed_probs) and abs(sum(cfg.mixed_probs) - 1) < 1e-6,
-         f"got --mixed-steps {cfg.mixed_steps} with --mixed-probs {cfg.mixed_probs}, expected one probability each, "
-         "summing to 1")
-    need(all(b == 2 * a for a, b in zip(cfg.mixed_steps, cfg.mixed_steps[1:]))
-         and max(cfg.mixed_steps) % cfg.first_steps == 0,
-         f"got --mixed-steps {cfg.mixed_steps} and --first-steps {cfg.first_steps}, expected each K twice the one "
-         "before, so that the grids nest, and the last a multiple of first-steps")
-    for name in ("longer", "shift", "train_shift", "save_every", "eval_clips", "teacher_eval_steps",
-                 "causal_cd_grid", *(f"{s}_{x}" for s in STAGES for x in ("steps", "batch", "lr"))):
-        need(getattr(cfg, name) > 0, f"got --{name.replace('_', '-')} {getattr(cfg, name)}, expected a positive number")
+    need(cfg.size == "toy", "size", "toy")
+    need(cfg.stage in (*STAGES, "all", "evaluate"), "stage", f"one of {', '.join(STAGES)}, all, evaluate")
+    need(cfg.device == "cpu" or cfg.device.startswith("cuda") and torch.cuda.is_available(), "device",
+         "cpu, or cuda where there is a GPU")
+    need(not Path(cfg.out).is_file(), "out", "a folder, not a file")
+    need(cfg.seed >= 0, "seed", "a number >= 0")
+    need(cfg.eval_seed >= 0, "eval_seed", "a number >= 0")
+    need(cfg.chunk > 0 and cfg.frames % cfg.chunk == 0 and cfg.frames > 2, "frames chunk",
+         "at least 3 frames, a multiple of the chunk")
+    need(cfg.mixed_steps[0] > 0 and all(b == 2 * a for a, b in zip(cfg.mixed_steps, cfg.mixed_steps[1:]))
+         and cfg.mixed_steps[-1] % 4 == 0, "mixed_steps",
+         "each K twice the one before, so that the grids nest, and the last a multiple of 4")
+    need(cfg.first_steps > 0 and cfg.mixed_steps[-1] % cfg.first_steps == 0, "first_steps mixed_steps",
+         "first steps that divide the largest K")
+    need(len(cfg.mixed_steps) == len(cfg.mixed_probs) and min(cfg.mixed_probs) >= 0
+         and abs(sum(cfg.mixed_probs) - 1) < 1e-6, "mixed_steps mixed_probs", "one probability each, summing to 1")
+    need(1 <= cfg.critic_steps < 100, "critic_steps", "1 to 99")
+    for name in ("ema", "causal_cd_ema", "salt_ema", "prompt_dropout"):
+        need(0 <= getattr(cfg, name) < 1, name, "at least 0 and below 1")
+    for name in ("longer", "shift", "train_shift", "score_shift", "clip_norm", "save_every", "eval_clips",
+                 "teacher_eval_steps", "causal_cd_grid", "critic_lr",
+                 *(f"{s}_{x}" for s in STAGES for x in ("steps", "batch", "lr"))):
+        need(getattr(cfg, name) > 0, name, "a positive number")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Random draws: functions of (seed, stage, purpose, step), and for a sample also of its index in the batch
+# Random draws: functions of (what for, seed, stage, step, which of several), and for a sample of its index in the batch
 
-def draws(cfg, stage, step, purpose=0) -> torch.Generator:
-    """The generator of draws that steer an update: K, exit step, which losses."""
-    return data.generator(cfg.seed, STAGES.index(stage), 1 + purpose, step)
+STEER, DROP, PROMPTS, NOISE, RENOISE, CLIPS, WORLD, EVALUATE = range(8)  # what a draw is for
 
 
-def noise_like(cfg, stage, step, shape, purpose=0) -> Tensor:
+def draws(cfg, stage, step, purpose=STEER, which=0) -> torch.Generator:
+    """The generator of draws that are made once for a batch: times, K, exit step, which losses."""
+    return data.generator(purpose, cfg.seed, STAGES.index(stage), step, which)
+
+
+def noise_like(cfg, stage, step, shape, purpose=NOISE, which=0) -> Tensor:
     """Noise `b *shape`, b the stage's batch; sample i has its own generator."""
-    key = (cfg.seed, STAGES.index(stage), 1000 + purpose, step)
+    key = (purpose, cfg.seed, STAGES.index(stage), step, which)
     return data.noises(range(getattr(cfg, f"{stage}_batch")), shape, *key).to(cfg.device)
 
 
 def batch(cfg, stage, step) -> tuple[Tensor, Tensor]:
     """Clips `b f c h w` never seen before and their text `b l d`, some of it dropped."""
     size = getattr(cfg, f"{stage}_batch")
-    x0, prompts = data.clips(range(step * size, (step + 1) * size), cfg.frames, cfg.seed * 10 + STAGES.index(stage))
-    kept = torch.rand(size, 1, 1, generator=draws(cfg, stage, step, purpose=9)) >= cfg.prompt_dropout
+    key = (CLIPS, cfg.seed, STAGES.index(stage))
+    x0, prompts = data.clips(range(step * size, (step + 1) * size), cfg.frames, *key)
+    kept = torch.rand(size, 1, 1, generator=draws(cfg, stage, step, DROP)) >= cfg.prompt_dropout
     return x0.to(cfg.device), (data.embed(prompts) * kept).to(cfg.device)
 
 
-def prompts_only(cfg, step, purpose) -> Tensor:
-    g = draws(cfg, "salt", step, purpose)
+def prompts_only(cfg, step, which) -> Tensor:
+    """Text of random prompts: Salt needs no video."""
+    g = draws(cfg, "salt", step, PROMPTS, which)
     return data.embed(torch.randint(len(data.PROMPTS), (cfg.salt_batch,), generator=g)).to(cfg.device)
 
 
@@ -166,7 +182,7 @@ def prompts_only(cfg, step, purpose) -> Tensor:
 class Training:
     nets: dict  # name -> network; "net" is the one trained for, "ema" its average
     optimizers: dict  # name -> optimizer of nets[name]
-    update: object  # step -> metrics
+    update: Callable[[int], dict]  # step -> metrics
 
 
 def build(cfg, weights: dict | None = None, seed=0) -> CausalWan:
@@ -184,13 +200,13 @@ def adamw(net, lr, betas=(0.9, 0.95)):
     return torch.optim.AdamW(net.parameters(), lr=lr, betas=betas, weight_decay=0.01)
 
 
-def descend(cfg, net, optimizer, loss, lr) -> Tensor:
-    """One step of an optimizer. Returns the gradient norm."""
+def descend(cfg, net, optimizer, loss, lr, flag) -> Tensor:
+    """One step of an optimizer. Returns the gradient norm; FloatingPointError, naming the lr's flag, if not finite."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip_norm)
     if not torch.isfinite(norm):
-        raise FloatingPointError("the gradient norm")
+        raise FloatingPointError(f"got a non-finite loss or gradient, expected a finite one: try a smaller {flag}")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -228,7 +244,7 @@ def diffusion(cfg, stage, net, causal: bool) -> Training:
         layout = {"chunk": cfg.chunk, "clean": x0} if causal else {}
         loss, metrics = flow_matching_loss(net, x0, text, warp(u, cfg.train_shift).to(x0), eps, **layout)
         lr = getattr(cfg, f"{stage}_lr") * warm_then_decay(step, steps)
-        metrics["grad_norm"] = descend(cfg, net, optimizer, loss, lr)
+        metrics["grad_norm"] = descend(cfg, net, optimizer, loss, lr, f"--{stage}-lr".replace("_", "-"))
         average(ema, net, cfg.ema, step)
         return metrics
 
@@ -254,7 +270,8 @@ def causal_cd(cfg) -> Training:
         eps = noise_like(cfg, "causal_cd", step, x0.shape[1:])
         index = draw_index(len(x0), cfg.frames, cfg.chunk, len(grid), draws(cfg, "causal_cd", step))
         loss, metrics = causal_cd_loss(net, ema, teacher, x0, text, grid, index, eps, cfg.chunk)
-        metrics["grad_norm"] = descend(cfg, net, optimizer, loss, cfg.causal_cd_lr * warm_then_decay(step, steps))
+        lr = cfg.causal_cd_lr * warm_then_decay(step, steps)
+        metrics["grad_norm"] = descend(cfg, net, optimizer, loss, lr, "--causal-cd-lr")
         average(ema, net, cfg.causal_cd_ema, step)
         return metrics
 
@@ -277,10 +294,11 @@ def self_rollout(cfg, net, text, noise, steps, exit_step, triple=None) -> tuple[
 
 def salt(cfg) -> Training:
     """Salt's autoregressive training (Salt Eq. 13): asymmetric DMD on mixed-step self-rollouts, L_SC, L_align."""
-    teacher = frozen(build(cfg, finished(cfg, "bidirectional")))
-    critic = build(cfg, finished(cfg, "bidirectional"))
-    net, ema = build(cfg, finished(cfg, "causal_cd")), frozen(build(cfg, finished(cfg, "causal_cd")))
-    real = Guided(teacher, null_text(cfg), cfg.guidance)
+    weights = finished(cfg, "bidirectional")
+    teacher, critic = frozen(build(cfg, weights)), build(cfg, weights)
+    weights = finished(cfg, "causal_cd")
+    net, ema = build(cfg, weights), frozen(build(cfg, weights))
+    real = Guided(teacher, null_text(cfg), cfg.score_guidance)
     optimizer, critic_optimizer = adamw(net, 0, (0.0, 0.999)), adamw(critic, 0, (0.0, 0.999))
     steps, densest, shape = cfg.steps_of("salt"), max(cfg.mixed_steps), video_shape(cfg)
     train_grid, infer_grid = schedule(densest, cfg.shift), schedule(densest // 2, cfg.shift)
@@ -288,33 +306,33 @@ def salt(cfg) -> Training:
     def features(x_t, t, text):
         return teacher(x_t, t, text, until=len(teacher.blocks) // 2)
 
-    def draw_rollout(step, purpose):
-        """Prompts, noise, and the draws that steer a rollout: K and the exit step."""
-        g = draws(cfg, "salt", step, purpose)
+    def draw_rollout(step, which):
+        """K, exit step, prompts, noise, and the time and noise at which scores are compared. which = 0: generator's."""
+        g = draws(cfg, "salt", step, STEER, which)
         k = cfg.mixed_steps[int(torch.multinomial(torch.tensor(cfg.mixed_probs), 1, generator=g))]
         exit_step = int(torch.randint(k, (), generator=g))
-        text = prompts_only(cfg, step, purpose=100 + purpose)
-        noise = noise_like(cfg, "salt", step, (densest, *shape), purpose)
-        t = dmd.score_times(cfg.salt_batch, cfg.frames, cfg.shift, g).to(cfg.device)
-        eps = noise_like(cfg, "salt", step, shape, purpose=100 + purpose)
+        text = prompts_only(cfg, step, which)
+        noise = noise_like(cfg, "salt", step, (densest, *shape), NOISE, which)
+        t = dmd.score_times(cfg.salt_batch, cfg.frames, cfg.score_shift, g).to(cfg.device)
+        eps = noise_like(cfg, "salt", step, shape, RENOISE, which)
         return k, exit_step, text, noise, t, eps, g
 
     def update(step):
         decay = warm_then_decay(step, steps)
         for i in range(cfg.critic_steps):
-            k, exit_step, text, noise, t, eps, _ = draw_rollout(step, purpose=1 + i)
+            k, exit_step, text, noise, t, eps, _ = draw_rollout(step, which=1 + i)
             with torch.no_grad():
                 x0, _ = self_rollout(cfg, net, text, noise, k, exit_step)
-            critic_loss, metrics = dmd.critic_loss(critic, x0, text, t, eps)
-            descend(cfg, critic, critic_optimizer, critic_loss, cfg.critic_lr * decay)
+            loss, metrics = dmd.critic_loss(critic, x0, text, t, eps)
+            norm = descend(cfg, critic, critic_optimizer, loss, cfg.critic_lr * decay, "--critic-lr")
 
-        k, exit_step, text, noise, t, eps, g = draw_rollout(step, purpose=0)
+        k, exit_step, text, noise, t, eps, g = draw_rollout(step, which=0)
         triple = None
         if k == densest and cfg.lambda_sc > 0:
             triple = sc_loss.draw_triple(train_grid[exit_step].item(), train_grid, infer_grid, g)
         x0, sc = self_rollout(cfg, net, text, noise, k, exit_step, triple)
         loss, dmd_metrics = dmd.dmd_loss(x0, text, critic, real, t, eps)
-        metrics |= dmd_metrics | {"K": k, "exit_step": exit_step}
+        metrics |= dmd_metrics | {"K": k, "exit_step": exit_step, "critic_grad_norm": norm}
         if sc:
             metrics["sc"] = torch.stack(sc).mean()
             loss = loss + cfg.lambda_sc * metrics["sc"]
@@ -324,11 +342,14 @@ def salt(cfg) -> Training:
                 x_ref, _ = self_rollout(cfg, net, text, noise, 2 * k, 2 * exit_step + 1)
             alignment, align_metrics = align.align_loss(features, x0, x_ref, text, t, eps, cfg.align_margin)
             loss, metrics = loss + cfg.lambda_align * alignment, metrics | align_metrics
-        metrics["grad_norm"] = descend(cfg, net, optimizer, loss, cfg.salt_lr * decay)
+        metrics["grad_norm"] = descend(cfg, net, optimizer, loss, cfg.salt_lr * decay, "--salt-lr")
         average(ema, net, cfg.salt_ema, step)
         return metrics | {"generator_updates": step + 1, "critic_updates": (step + 1) * cfg.critic_steps}
 
     return Training({"net": net, "ema": ema, "critic": critic}, {"net": optimizer, "critic": critic_optimizer}, update)
+
+
+BEGIN = {"bidirectional": bidirectional, "teacher_forcing": teacher_forcing, "causal_cd": causal_cd, "salt": salt}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -340,6 +361,14 @@ def video_shape(cfg) -> tuple:
 
 def path_of(cfg, stage, kind="") -> Path:
     return Path(cfg.out) / f"{stage}{kind}.safetensors"
+
+
+def is_finished(cfg, stage) -> bool:
+    """The raw weights are written first, so the EMA's file says that both are there."""
+    ema, raw = path_of(cfg, stage), path_of(cfg, stage, "_raw")
+    if ema.exists() and not raw.exists():
+        raise ValueError(f"got {ema} without {raw}, expected both: restore it, or delete the first to train again")
+    return ema.exists()
 
 
 def finished(cfg, stage, kind="") -> dict[str, Tensor]:
@@ -383,8 +412,12 @@ def record(cfg, line: dict):
 
 
 def write_text(path: Path, text: str):
+    """Replace a text file by a complete new one."""
     fresh = path.with_name(path.name + ".writing")
-    fresh.write_text(text)
+    with open(fresh, "w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(fresh, path)
 
 
@@ -398,51 +431,49 @@ def forget_after(cfg, stage, step):
 
 
 def same_settings(cfg, stage, path, was: dict):
-    """A stopped stage goes on only with the settings it began with."""
-    now = json.loads(json.dumps(asdict(cfg)))
-    others = tuple(f"{s}_" for s in STAGES if s != stage)
-    for key in now.keys() - set(FREE):
-        if was.get(key) != now[key] and not key.startswith(others):
-            name = "--" + key.replace("_", "-")
-            raise ValueError(f"got {name} {now[key]}, expected {was.get(key)}, with which the half-trained {path} "
-                             f"began: change {name}, or start afresh with another --out")
+    """A stage's weights belong to the settings that made them, its own and those of the stages before."""
+    for f in fields(Config):
+        now, then = (json.loads(json.dumps(x)) for x in (getattr(cfg, f.name), was.get(f.name)))
+        if f.metadata["affects"] in STAGES[: STAGES.index(stage) + 1] and now != then:
+            name = "--" + f.name.replace("_", "-")
+            raise ValueError(f"got {name} {now}, expected {then}, with which {path} was trained: change {name}, or "
+                             "start afresh with another --out")
 
 
-def run_stage(cfg, stage, budget: list) -> bool:
-    """Train one stage to its end, or until the budget of updates ([n], counted down) is used up. True if it ended."""
+def run_stage(cfg, stage, most: int) -> int:
+    """Train one stage to its end, or for `most` updates. Returns the number of updates made."""
     steps, state_path = cfg.steps_of(stage), path_of(cfg, stage, ".state")
-    if path_of(cfg, stage).exists():
-        finished(cfg, stage)
+    if is_finished(cfg, stage):
+        same_settings(cfg, stage, path_of(cfg, stage), about_of(path_of(cfg, stage))["config"])
         print(f"{stage}: already trained, in {path_of(cfg, stage)}")
-        return True
-    training = globals()[stage](cfg)
+        return 0
+    training = BEGIN[stage](cfg)
     about = {"stage": stage, "size": cfg.size, "step": 0, "seconds": 0.0, "config": asdict(cfg)}
     if state_path.exists():
         about = load_state(state_path, training)
         same_settings(cfg, stage, state_path, about["config"])
     forget_after(cfg, stage, about["step"])
+    write_text(Path(cfg.out) / "config.json", json.dumps(asdict(cfg), indent=1))
+    first, last = about["step"], min(steps, about["step"] + most)
     start, before = time.time(), about["seconds"]
-    with tqdm(total=steps, initial=about["step"], desc=stage, mininterval=1, smoothing=0.05) as bar:
-        for step in range(about["step"], steps):
+    with tqdm(total=steps, initial=first, desc=stage, mininterval=1, smoothing=0.05) as bar:
+        for step in range(first, last):
             try:
                 metrics = {k: float(torch.as_tensor(v).detach()) for k, v in training.update(step).items()}
             except FloatingPointError as e:
-                raise ValueError(f"stage {stage}, step {step}: got a non-finite value of {e}, expected a finite one. "
-                                 f"The state last saved is kept. Try a smaller --{stage.replace('_', '-')}-lr") from e
-            bar.update()
-            about |= {"step": step + 1, "seconds": before + time.time() - start}
+                raise ValueError(f"stage {stage}, step {step}: {e}, with another --out. The state last saved is kept "
+                                 f"in {state_path}") from e
             record(cfg, {"stage": stage, "step": step, **metrics})
-            budget[0] -= 1
-            if (step + 1) % cfg.save_every == 0 or step + 1 == steps or budget[0] == 0:
+            bar.update()
+            if (step + 1) % cfg.save_every == 0 or step + 1 == last:
+                about |= {"step": step + 1, "seconds": before + time.time() - start}
                 save_state(state_path, training, about)
                 bar.set_postfix({k: f"{v:.3g}" for k, v in list(metrics.items())[:3]})
-            if budget[0] == 0:
-                return False
-    about |= {"frames": cfg.frames, "chunk": cfg.chunk, "shift": cfg.shift, "first_steps": cfg.first_steps,
-              "solver": "cm" if stage in FEW_STEP else "euler", "guidance": cfg.guidance, "saved": time.time()}
-    write_tensors(path_of(cfg, stage, "_raw"), training.nets["net"].state_dict(), about)
-    write_tensors(path_of(cfg, stage), training.nets["ema"].state_dict(), about)
-    return True
+    if about["step"] == steps:
+        about |= {"solver": "cm" if stage in FEW_STEP else "euler", "saved": time.time()}
+        write_tensors(path_of(cfg, stage, "_raw"), training.nets["net"].state_dict(), about)
+        write_tensors(path_of(cfg, stage), training.nets["ema"].state_dict(), about)
+    return last - first
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -464,46 +495,55 @@ def generate(cfg, stage, net, steps, prompts, noise) -> Tensor:
 
 def evaluation_set(cfg, clips):
     """Real clips, prompts and noise that no training ever draws."""
-    real, prompts = data.clips(range(clips), cfg.frames, 10**6 + cfg.eval_seed)
-    noise = data.noises(range(clips), (max(cfg.mixed_steps), *video_shape(cfg)), 10**6 + cfg.eval_seed, 1)
+    real, prompts = data.clips(range(clips), cfg.frames, EVALUATE, cfg.eval_seed, 0)
+    noise = data.noises(range(clips), (max(cfg.mixed_steps), *video_shape(cfg)), EVALUATE, cfg.eval_seed, 1)
     return real.to(cfg.device), prompts, noise.to(cfg.device)
 
 
+def row(cfg, stage, weights, steps, nfe, x, prompts, sample_seconds, about) -> dict:
+    world = data.motion(data.tracks(range(4096), cfg.frames, WORLD)[0])
+    return {"stage": stage, "weights": weights, "steps": steps, "nfe": nfe, **data.measure(x, prompts, world),
+            "sample_seconds": sample_seconds, "train_seconds": about.get("seconds", 0), "saved": about.get("saved"),
+            "clips": cfg.eval_clips, "eval_seed": cfg.eval_seed, "teacher_eval_steps": cfg.teacher_eval_steps}
+
+
 def evaluate(cfg, stage) -> list[dict]:
-    """Table rows of one finished stage: EMA and raw weights, at 1, 2 and 4 steps, teachers also at their full
-    number."""
-    real, prompts, noise = evaluation_set(cfg, cfg.eval_clips)
-    few_step = stage in FEW_STEP
-    about = read_tensors(path_of(cfg, stage))[1]
-    rows = []
+    """Table rows of a finished stage: EMA and raw weights at 1, 2 and 4 steps, teachers also at their full number."""
+    _, prompts, noise = evaluation_set(cfg, cfg.eval_clips)
+    about, rows = about_of(path_of(cfg, stage)), []
     for weights, kind in (("ema", ""), ("raw", "_raw")):
         net = frozen(build(cfg, finished(cfg, stage, kind)))
-        for steps in (1, 2, 4) if few_step else (1, 2, 4, cfg.teacher_eval_steps):
-            if weights == "raw" and not few_step and steps != cfg.teacher_eval_steps:
-                continue
+        for steps in steps_shown(cfg, stage):
             start = time.time()
             parts = zip(prompts.split(256), noise.split(256))
             x = torch.cat([generate(cfg, stage, net, steps, p, z) for p, z in parts])
-            seconds = time.time() - start
-            rows.append({"stage": stage, "weights": weights, "steps": steps, "nfe": steps if few_step else 2 * steps,
-                         **data.measure(x, prompts, world_motion(cfg)), "sample_seconds": seconds,
-                         "train_seconds": about["seconds"], "clips": cfg.eval_clips, "eval_seed": cfg.eval_seed})
+            nfe = steps if stage in FEW_STEP else 2 * steps  # guidance runs the network twice
+            rows.append(row(cfg, stage, weights, steps, nfe, x, prompts, time.time() - start, about))
+            if weights == "raw" and stage not in FEW_STEP:
+                break
     return rows
 
 
-def world_motion(cfg):
-    return data.motion(data.tracks(range(4096), cfg.frames, 10**7)[0])
+def steps_shown(cfg, stage) -> tuple:
+    return (1, 2, 4) if stage in FEW_STEP else (cfg.teacher_eval_steps, 4, 2, 1)
 
 
-def world_row(cfg) -> dict:
-    real, prompts, _ = evaluation_set(cfg, cfg.eval_clips)
-    return {"stage": "the world", "weights": "", "steps": 0, "nfe": 0, **data.measure(real, prompts, world_motion(cfg)),
-            "sample_seconds": 0, "train_seconds": 0, "clips": cfg.eval_clips, "eval_seed": cfg.eval_seed}
+def known_rows(cfg, stage) -> list[dict]:
+    """Rows of an earlier evaluation of the very same weights with the same settings."""
+    path, saved = table_path(cfg), about_of(path_of(cfg, stage))["saved"]
+    rows = json.loads(path.read_text()) if path.exists() else []
+    same = {"stage": stage, "saved": saved, "clips": cfg.eval_clips, "teacher_eval_steps": cfg.teacher_eval_steps}
+    return [r for r in rows if all(r[k] == v for k, v in same.items())]
 
 
-def print_rows(rows):
-    print(f"{'stage':<16} {'weights':<7} {'steps':>5} {'NFE':>4} | {'quality':>8} {'frame 3':>8} {'last':>8} "
-          f"{'drift':>6} {'semantic':>8} {'dynamics':>8} {'distance':>8} | {'sample s':>8} {'train s':>8}")
+def table_path(cfg) -> Path:
+    return Path(cfg.out) / f"table_seed{cfg.eval_seed}.json"
+
+
+def print_rows(rows, header=True):
+    if header:
+        print(f"{'stage':<16} {'weights':<7} {'steps':>5} {'NFE':>4} | {'quality':>8} {'frame 3':>8} {'last':>8} "
+              f"{'drift':>6} {'semantic':>8} {'dynamics':>8} {'distance':>8} | {'sample s':>8} {'train s':>8}")
     for r in rows:
         q, semantic = r["quality_by_frame"], 100 * r["semantic"]
         print(f"{r['stage']:<16} {r['weights']:<7} {r['steps']:>5} {r['nfe']:>4} | {r['quality']:>8.4f} {q[2]:>8.4f} "
@@ -513,12 +553,12 @@ def print_rows(rows):
 
 
 def draw_sheet(cfg, stages, name):
-    """Pictures of the finished stages at 1, 2, 4 steps (teachers also at their full number) on the same six clips."""
+    """Pictures of finished stages at 1, 2, 4 steps (teachers also at their full number) on the same six clips."""
     real, prompts, noise = evaluation_set(cfg, 6)
     rows = {"the world": real}
     for stage in stages:
         net = frozen(build(cfg, finished(cfg, stage)))
-        for steps in (1, 2, 4) + (() if stage in FEW_STEP else (cfg.teacher_eval_steps,)):
+        for steps in sorted(steps_shown(cfg, stage)):
             rows[f"{stage} {steps}"] = generate(cfg, stage, net, steps, prompts, noise)
     data.sheet(rows, Path(cfg.out) / name)
 
@@ -529,24 +569,40 @@ def draw_sheet(cfg, stages, name):
 def main(cfg: Config) -> list[dict]:
     """Run what the config asks for. Returns the rows of the table (empty if stopped before its end)."""
     check(cfg)
-    Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    write_text(Path(cfg.out) / "config.json", json.dumps(asdict(cfg), indent=1))
-    print("settings:", json.dumps(asdict(cfg)))
-    print("times of 2, 4, 8 steps:", [[round(t, 4) for t in schedule(k, cfg.shift).tolist()] for k in (2, 4, 8)])
-    stages = STAGES if cfg.stage in ("all", "evaluate") else (cfg.stage,)
+    stages = STAGES if cfg.stage == "all" else (cfg.stage,)
     if cfg.stage == "evaluate":
-        stages = [stage for stage in STAGES if path_of(cfg, stage).exists()]
-    rows, budget = [world_row(cfg)], [cfg.stop_after]
+        stages = [stage for stage in STAGES if is_finished(cfg, stage)]
+        if not stages:
+            raise ValueError(f"got --out {cfg.out}, expected a folder with a trained stage: change --out, or train")
+        then = about_of(path_of(cfg, stages[-1]))["config"]
+        trained = {f.name: then[f.name] for f in fields(Config) if f.metadata["affects"] != "none"}
+        cfg = replace(cfg, **{k: tuple(v) if isinstance(v, list) else v for k, v in trained.items()})
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    print("settings:", json.dumps(asdict(cfg)))
+    for k in cfg.mixed_steps:
+        print(f"times of {k} steps:", [round(t, 4) for t in schedule(k, cfg.shift).tolist()])
+
+    left = cfg.stop_after or sys.maxsize
+    real, prompts, _ = evaluation_set(cfg, cfg.eval_clips)
+    rows = [row(cfg, "the world", "", 0, 0, real, prompts, 0, {})]
+    print_rows(rows)
     for stage in stages:
-        if cfg.stage != "evaluate" and not run_stage(cfg, stage, budget):
-            print(f"stopped; the same command goes on from {path_of(cfg, stage, '.state')}")
-            return []
-        rows += evaluate(cfg, stage)
-        print_rows([r for r in rows if r["stage"] == stage])
-        draw_sheet(cfg, [stage], stage)
-    draw_sheet(cfg, [s for s in STAGES if path_of(cfg, s).exists()], "sheet")
-    table = Path(cfg.out) / f"table_seed{cfg.eval_seed}.json"
-    table.write_text(json.dumps(rows, indent=1))
+        if cfg.stage != "evaluate":
+            done = run_stage(cfg, stage, left)
+            left -= done
+            if left == 0 or not is_finished(cfg, stage):
+                print(f"stopped; the same command goes on from {path_of(cfg, stage, '.state')}")
+                return []
+        known = known_rows(cfg, stage)
+        rows += known or evaluate(cfg, stage)
+        print_rows([r for r in rows if r["stage"] == stage], header=False)
+        if not known:
+            old = json.loads(table_path(cfg).read_text()) if table_path(cfg).exists() else []
+            fresh = {r["stage"] for r in rows}
+            write_text(table_path(cfg), json.dumps(rows + [r for r in old if r["stage"] not in fresh], indent=1))
+            draw_sheet(cfg, [stage], stage)
+    draw_sheet(cfg, [s for s in STAGES if is_finished(cfg, s)], "sheet")
+    print()
     print_rows(rows)
     return rows
 

@@ -148,6 +148,7 @@ def test_causal_cd_equals_official(golden, golden_net):
 
     def record(name, net):
         def call(x, t, text, **layout):
+            close(t, g["t_next" if name == "ema" else "t"] / 1000, 1e-6)
             seen[name] = x, net(x, t, text, **layout)
             return seen[name][1]
         return call

@@ -132,7 +132,7 @@ def test_cache_is_read_only_and_detached(tiny):
     net = tiny()
     x, t, text, clean = inputs()
     past = clean[:, :2].clone().requires_grad_()
-    cache = net.new_cache()
+    cache = net.new_cache(window=3, sink=1)  # too small for the past and a chunk of two frames
     net.append(cache, past, text)
     before = [z.clone() for z in (*cache.keys, *cache.values)]
     net(x[:, 2:4], t[:, 2:4], text, cache=cache).sum().backward()
@@ -150,9 +150,11 @@ def test_long_rollout_has_flat_memory_and_bounded_positions(tiny):
     for _ in range(12):
         net.append(cache, x[:, :1], text)
     v = net(x[:, :1], t[:, :1], text, cache=cache)
-    assert cache.frames == [0, 10, 11] and cache.keys[0].shape[1] == 3 * 6
-    fresh = net.new_cache(relative=True)  # the same three frames, at positions 0, 1, 2, with what they saw kept
-    fresh.keys, fresh.values, fresh.frames, fresh.next_frame = cache.keys, cache.values, [0, 1, 2], 3
+    assert cache.frames == [0, 9, 10, 11] and cache.keys[0].shape[1] == 4 * 6
+    fresh = net.new_cache()  # the three frames of them that the next one sees, at positions 0, 1, 2
+    fresh.keys, fresh.values, seen = cache.seen_by(1)
+    assert seen == [0, 10, 11]
+    fresh.frames, fresh.next_frame = [0, 1, 2], 3
     close(v, net(x[:, :1], t[:, :1], text, cache=fresh), 1e-6)
 
 
@@ -161,7 +163,11 @@ def test_long_rollout_has_flat_memory_and_bounded_positions(tiny):
     (lambda net, x, t, text: net(x, t[:, :1], text), "one time per frame"),
     (lambda net, x, t, text: net(x, t, text[:, :1]), "zero-padded"),
     (lambda net, x, t, text: net(x, t, text, chunk=4), "--chunk"),
+    (lambda net, x, t, text: net(x, t, text, chunk=0), "--chunk"),
     (lambda net, x, t, text: net(x, t, text, clean=x), "chunk"),
+    (lambda net, x, t, text: net(x[0], t, text), "five axes"),
+    (lambda net, x, t, text: net(x, t, text, commit=True), "cache"),
+    (lambda net, x, t, text: net.new_cache(window=0), "--window"),
     (lambda net, x, t, text: net.new_cache(window=2, sink=2), "--window"),
     (lambda net, x, t, text: WanConfig(dim=10, num_heads=3), "num_heads"),
 ])

@@ -10,7 +10,6 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-import data
 import sample
 import train
 from model import read_tensors
@@ -22,6 +21,12 @@ TINY = dict(bidirectional_steps=3, teacher_forcing_steps=3, causal_cd_steps=3, s
 
 def config(out, **changes):
     return train.Config(**{**TINY, "out": str(out), **changes})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_tiny_recipe_on_cuda(tmp_path):
+    """Bug: a tensor left on the CPU."""
+    assert len(train.main(config(tmp_path, device="cuda"))) > 10
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +53,13 @@ def test_whole_recipe_leaves_what_it_promises(run):
 
 
 def test_every_stage_changes_what_it_trains(run):
-    """Bug: an optimizer built on other parameters than those of the loss; an EMA that never moves."""
-    out, _ = run
-    before = None
+    """Bug: an optimizer built on other parameters than those of the loss; an EMA that is the start, or the raw
+    weights."""
+    out, before = run[0], train.build(config(run[0]), seed=0).state_dict()
     for stage in train.STAGES:
         raw, ema = (read_tensors(out / f"{stage}{kind}.safetensors")[0] for kind in ("_raw", ""))
         assert any(not torch.equal(raw[k], ema[k]) for k in raw)
-        assert before is None or any(not torch.equal(raw[k], before[k]) for k in raw)
+        assert all(any(not torch.equal(x[k], before[k]) for k in raw) for x in (raw, ema))
         before = ema
 
 
@@ -71,6 +76,19 @@ def test_stopped_and_resumed_equals_straight(run, tmp_path):
             a, b = (read_tensors(folder / f"{stage}{kind}.safetensors")[0] for folder in (out, tmp_path))
             assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), (stage, kind)
     assert (out / "metrics.jsonl").read_text() == (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_evaluate_measures_a_run_with_its_own_settings(run):
+    """Bug: an evaluation that takes its grid or chunk from this command's defaults, or rewrites the run's record of
+    itself."""
+    out, rows = run
+    before = (out / "config.json").read_text()
+    again = train.main(train.Config(out=str(out), stage="evaluate", eval_clips=6, teacher_eval_steps=3, device="cpu"))
+    assert [r["quality"] for r in again] == [r["quality"] for r in rows]
+    other = train.main(train.Config(out=str(out), stage="evaluate", eval_clips=6, teacher_eval_steps=3, eval_seed=5,
+                                    device="cpu"))
+    assert [r["quality"] for r in other] != [r["quality"] for r in rows]
+    assert (out / "config.json").read_text() == before
 
 
 def test_killed_between_saves_goes_on_from_the_last_one(run, tmp_path, monkeypatch):
@@ -106,17 +124,47 @@ def test_other_seeds_are_other_runs(run, tmp_path):
     assert any(not torch.equal(a[k], b[k]) for k in a)
 
 
-def test_salt_uses_each_of_its_terms(run):
-    """Bug: a term of Salt Eq. 13 that is never on, or on at the wrong K."""
-    cfg = config(run[0], salt_batch=1, critic_steps=1)
-    training, seen = train.salt(cfg), {}
+def test_salt_uses_each_of_its_terms(run, monkeypatch):
+    """Bug: a term of Salt Eq. 13 that is never on, on at the wrong K, or not added to the loss that is descended."""
+    cfg, seen, descended = config(run[0], salt_batch=1, critic_steps=1, lambda_sc=0.3, lambda_align=0.7), {}, []
+    descend = train.descend
+
+    def watch(cfg, net, optimizer, loss, lr, flag):
+        descended.append(loss.item())
+        return descend(cfg, net, optimizer, loss, lr, flag)
+
+    monkeypatch.setattr(train, "descend", watch)
+    dmd_loss = train.dmd.dmd_loss
+    dmd_losses = []
+    monkeypatch.setattr(train.dmd, "dmd_loss", lambda *a: (dmd_losses.append(r := dmd_loss(*a)), r)[1])
+    training = train.salt(cfg)
     for step in range(24):
         m = training.update(step)
         seen.setdefault(m["K"], []).append(m)
+        expected = dmd_losses[-1][0].detach() + 0.3 * m.get("sc", 0.0) + 0.7 * m.get("align", 0.0)
+        assert abs(descended[-1] - float(expected)) < 1e-5
     assert set(seen) == {2, 4, 8}
     assert all("align" in m and "sc" not in m for k in (2, 4) for m in seen[k])
     assert all("align" not in m for m in seen[8])
     assert all(("sc" in m) == (m["exit_step"] < 7) for m in seen[8])
+
+
+def test_salt_scores_with_the_right_networks(run, monkeypatch):
+    """Bug: teacher and critic exchanged (DMD then runs away from the teacher), a critic that is not trained, an EMA
+    or a
+    teacher that moves when it must not."""
+    cfg, calls = config(run[0]), []
+    dmd_loss = train.dmd.dmd_loss
+    monkeypatch.setattr(train.dmd, "dmd_loss", lambda *a: (calls.append(a), dmd_loss(*a))[1])
+    training = train.salt(cfg)
+    teacher_weights = train.finished(cfg, "bidirectional")
+    start = {name: {k: v.clone() for k, v in net.state_dict().items()} for name, net in training.nets.items()}
+    training.update(0)
+    _, _, critic, real, _, _ = calls[0]
+    assert critic is training.nets["critic"] and real.w == cfg.score_guidance
+    assert all(torch.equal(v, teacher_weights[k]) for k, v in real.net.state_dict().items())
+    for name, net in training.nets.items():
+        assert any(not torch.equal(v, start[name][k]) for k, v in net.state_dict().items()), f"{name} did not move"
 
 
 def test_evaluation_does_not_depend_on_its_batch(run):
@@ -164,7 +212,8 @@ def test_help_explains_every_flag():
     """Bug: a setting that nobody can find."""
     ran = command(ROOT / "train.py", "--help")
     for f in dataclasses.fields(train.Config):
-        assert f"--{f.name.replace('_', '-')} " in ran.stdout and f.metadata["help"]
+        assert f"--{f.name.replace('_', '-')} " in ran.stdout
+        assert f.metadata["help"].split()[0] in ran.stdout
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
@@ -172,7 +221,9 @@ def test_help_explains_every_flag():
 @pytest.mark.parametrize("changes, message", [
     (dict(size="huge"), "--size"), (dict(stage="dmd"), "--stage"), (dict(frames=5, chunk=2), "--chunk"),
     (dict(mixed_steps=(2, 4)), "--mixed-probs"), (dict(mixed_steps=(2, 3, 8)), "--mixed-steps"),
-    (dict(salt_steps=0), "--salt-steps"), (dict(longer=0.0), "--longer")])
+    (dict(salt_steps=0), "--salt-steps"), (dict(longer=0.0), "--longer"), (dict(first_steps=0), "--first-steps"),
+    (dict(critic_steps=0), "--critic-steps"), (dict(seed=-1), "--seed"), (dict(salt_ema=1.0), "--salt-ema"),
+    (dict(stage="evaluate"), "--out")])
 def test_bad_settings_are_named(tmp_path, changes, message):
     """Bug: a setting that fails an hour later, deep inside, or after something was written."""
     with pytest.raises(ValueError, match=message):
@@ -195,6 +246,9 @@ def test_checkpoints_missing_truncated_or_of_another_stage(run, tmp_path):
     with pytest.raises(ValueError, match="got .* of stage bidirectional.*expected stage teacher_forcing"):
         train.main(config(tmp_path, stage="causal_cd"))
     (tmp_path / "bidirectional.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="bidirectional_raw"):
+        train.main(config(tmp_path))
+    (tmp_path / "bidirectional_raw.safetensors").write_bytes(whole)
     with pytest.raises(ValueError, match="damaged or truncated.*bidirectional"):
         train.main(config(tmp_path))
     assert (tmp_path / "bidirectional.safetensors").read_bytes() == whole[:-100]
@@ -215,15 +269,18 @@ def test_half_trained_stage_refuses_other_settings(tmp_path):
     train.main(config(tmp_path, stage="bidirectional", stop_after=2))
     with pytest.raises(ValueError, match="--bidirectional-lr"):
         train.main(config(tmp_path, stage="bidirectional", bidirectional_lr=1.0))
-    train.main(config(tmp_path, stage="bidirectional", salt_steps=9))  # another stage's setting does not matter
+    train.main(config(tmp_path, stage="bidirectional", salt_steps=9, lambda_sc=0.1))  # a later stage's does not matter
+    with pytest.raises(ValueError, match="--seed"):  # nor is a finished stage taken for another run's
+        train.main(config(tmp_path, stage="bidirectional", seed=3))
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 0
 
 
 def test_non_finite_loss_stops_and_loses_nothing(tmp_path, monkeypatch):
     """Bug: a NaN that is trained on, or that overwrites the last good state."""
     train.main(config(tmp_path, stage="bidirectional", stop_after=2))
     before = (tmp_path / "bidirectional.state.safetensors").read_bytes()
-    real = data.clips
-    monkeypatch.setattr(data, "clips", lambda *a: (real(*a)[0] * float("nan"), real(*a)[1]))
+    real = train.batch
+    monkeypatch.setattr(train, "batch", lambda *a: (real(*a)[0] * float("nan"), real(*a)[1]))
     with pytest.raises(ValueError, match="step 2.*non-finite.*--bidirectional-lr"):
         train.main(config(tmp_path, stage="bidirectional"))
     assert (tmp_path / "bidirectional.state.safetensors").read_bytes() == before
