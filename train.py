@@ -80,17 +80,17 @@ class Config:
 
     shift: float = flag(5.0, "timestep shift of inference grids (CF++: 5)", "causal_cd")
     guidance: float = flag(1.5, "teacher guidance w in v_u + w (v_c - v_u)", "causal_cd")
-    causal_cd_steps: int = flag(700, "updates of stage causal_cd", "causal_cd")
+    causal_cd_steps: int = flag(1000, "updates of stage causal_cd", "causal_cd")
     causal_cd_batch: int = flag(16, "clips per update", "causal_cd")
     causal_cd_lr: float = flag(1e-3, "learning rate", "causal_cd")
     causal_cd_grid: int = flag(48, "times of the consistency grid (CF++: 48)", "causal_cd")
     causal_cd_ema: float = flag(0.95, "decay of the target network theta-", "causal_cd")
 
-    salt_steps: int = flag(150, "generator updates of stage salt", "salt")
+    salt_steps: int = flag(120, "generator updates of stage salt", "salt")
     salt_batch: int = flag(16, "clips per rollout", "salt")
-    salt_lr: float = flag(1e-3, "learning rate of the generator", "salt")
-    critic_lr: float = flag(1e-3, "learning rate of the critic", "salt")
-    score_shift: float = flag(1.0, "timestep shift of the times at which DMD compares scores", "salt")
+    salt_lr: float = flag(4e-4, "learning rate of the generator", "salt")
+    critic_lr: float = flag(8e-4, "learning rate of the critic", "salt")
+    score_shift: float = flag(2.0, "timestep shift of the times at which DMD compares scores", "salt")
     score_guidance: float = flag(1.0, "guidance w of DMD's teacher", "salt")
     critic_steps: int = flag(4, "critic updates per generator update", "salt")
     salt_ema: float = flag(0.95, "decay of the generator's averaged weights", "salt")
@@ -103,7 +103,7 @@ class Config:
     align_prob: float = flag(0.5, "share of later updates that use it (ours; Salt: 'stochastically')", "salt")
     align_margin: float = flag(0.1, "margin delta of alignment (VideoREPA: 0.1)", "salt")
 
-    eval_clips: int = flag(512, "clips behind each row of the table", "none")
+    eval_clips: int = flag(256, "clips behind each row of the table", "none")
     eval_seed: int = flag(0, "prompts and noise of the table; settings were chosen on 0, README reports 1", "none")
     teacher_eval_steps: int = flag(40, "sampling steps of the multi-step teachers", "none")
 
