@@ -70,17 +70,17 @@ class Config:
     prompt_dropout: float = flag(0.1, "share of clips trained without their prompt, for guidance")
     ema: float = flag(0.99, "decay of the averaged weights of both teachers")
 
-    bidirectional_steps: int = flag(6000, "updates of stage bidirectional")
+    bidirectional_steps: int = flag(5000, "updates of stage bidirectional")
     bidirectional_batch: int = flag(16, "clips per update")
     bidirectional_lr: float = flag(4e-3, "learning rate")
 
-    teacher_forcing_steps: int = flag(1200, "updates of stage teacher_forcing", "teacher_forcing")
+    teacher_forcing_steps: int = flag(1000, "updates of stage teacher_forcing", "teacher_forcing")
     teacher_forcing_batch: int = flag(16, "clips per update", "teacher_forcing")
     teacher_forcing_lr: float = flag(3e-3, "learning rate", "teacher_forcing")
 
     shift: float = flag(5.0, "timestep shift of inference grids (CF++: 5)", "causal_cd")
     guidance: float = flag(1.5, "teacher guidance w in v_u + w (v_c - v_u)", "causal_cd")
-    causal_cd_steps: int = flag(1000, "updates of stage causal_cd", "causal_cd")
+    causal_cd_steps: int = flag(900, "updates of stage causal_cd", "causal_cd")
     causal_cd_batch: int = flag(16, "clips per update", "causal_cd")
     causal_cd_lr: float = flag(1e-3, "learning rate", "causal_cd")
     causal_cd_grid: int = flag(48, "times of the consistency grid (CF++: 48)", "causal_cd")
