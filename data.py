@@ -1,5 +1,4 @@
-"""The toy world: short clips of one coloured shape that moves, bounces and turns at random, and their exact
-measurement.
+"""The toy world: clips of a coloured shape that flies, bounces and turns at random, and their exact measurement.
 
 A clip is `f` frames of 10 x 10 RGB pixels, shifted and scaled to unit variance as the latents of a video model are.
 Its prompt is two words, a colour and a shape. The shape starts anywhere, flies straight at SPEED pixels per frame,
@@ -45,8 +44,7 @@ PROMPTS = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 # Making clips
 
 def render(colour: Tensor, shape: Tensor, xy: Tensor) -> Tensor:
-    """Draw frames as latents. colour, shape: integers `...`; xy: centres in pixels `... 2` (column, row) -> `... 3 h
-    w`."""
+    """Draw frames as latents `... 3 h w`. colour, shape: integers `...`; xy: centres, pixels `... 2`, column and row."""
     pixels = torch.arange(SIZE, device=xy.device) + 0.5
     dx = (pixels - xy[..., 0:1]).abs()[..., None, :]
     dy = (pixels - xy[..., 1:2]).abs()[..., :, None]
@@ -171,8 +169,7 @@ def measure(x: Tensor, prompts: Tensor, world: tuple[Tensor, Tensor]) -> dict:
     """All the metrics of this file's docstring.
 
     x: generated clips `b f 3 SIZE SIZE`; prompts: numbers `b`; world: motion(tracks(...)[0]), what motion is compared
-    with. Returns floats, and `quality_by_frame`, a list of f. Raises ValueError on clips
-    that are not finite.
+    with. Returns floats, and `quality_by_frame`, a list of f. Raises ValueError on clips that are not finite.
     """
     b, f = x.shape[:2]
     if not x.isfinite().all():
