@@ -44,7 +44,7 @@ PROMPTS = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 # Making clips
 
 def render(colour: Tensor, shape: Tensor, xy: Tensor) -> Tensor:
-    """Draw frames as latents `... 3 h w`. colour, shape: integers `...`; xy: centres, pixels `... 2`, column and row."""
+    """Draw frames as latents `... 3 h w`. colour, shape: integers `...`; xy: centres, pixels `... 2`, column, row."""
     pixels = torch.arange(SIZE, device=xy.device) + 0.5
     dx = (pixels - xy[..., 0:1]).abs()[..., None, :]
     dy = (pixels - xy[..., 1:2]).abs()[..., :, None]
