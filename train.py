@@ -86,7 +86,7 @@ class Config:
     causal_cd_grid: int = flag(48, "times of the consistency grid (CF++: 48)", "causal_cd")
     causal_cd_ema: float = flag(0.95, "decay of the target network theta-", "causal_cd")
 
-    salt_steps: int = flag(120, "generator updates of stage salt", "salt")
+    salt_steps: int = flag(200, "generator updates of stage salt", "salt")
     salt_batch: int = flag(16, "clips per rollout", "salt")
     salt_lr: float = flag(4e-4, "learning rate of the generator", "salt")
     critic_lr: float = flag(8e-4, "learning rate of the critic", "salt")
