@@ -1,11 +1,12 @@
 """Causal consistency distillation (Causal Forcing++): a few-step autoregressive student from an autoregressive teacher.
 
-Stage 1, teacher forcing: flow matching where a noisy chunk x_t^i sees the clean past x_gt^{<i} and itself. It is
+CF++ Stage 1, teacher forcing: flow matching where a noisy chunk x_t^i sees the clean past x_gt^{<i} and itself. It is
 `flowmap.flow_matching_loss(net, x0, text, t, eps, chunk=n, clean=x0)`, and nothing else.
 
-Stage 2, causal CD. The teacher's ODE, given the clean past, carries x_t^i to one definite x_0^i: the AR-conditional
-flow map f: (x_t^i, x_gt^{<i}, t) -> x_0^i (CF++ Eq. 2). The student G = x_t - t v_theta (CF++ Eq. 4) learns f without
-any stored trajectory, by agreeing with itself one teacher step further down the trajectory (CF++ Eq. 3):
+CF++ Stage 2, causal CD. The teacher's ODE, given the clean past, carries x_t^i to one definite x_0^i: the
+AR-conditional flow map f: (x_t^i, x_gt^{<i}, t) -> x_0^i (CF++ Eq. 2). The student G = x_t - t v_theta (CF++ Eq. 4)
+learns f without any stored trajectory, by agreeing with itself one teacher step further down the trajectory (CF++ Eq.
+3):
 
     min_theta E[ w(t) || G_theta(x_t^i, x_gt^{<i}, t) - sg G_theta-(xhat_s^i, x_gt^{<i}, s) ||^2 ],
     xhat_s = x_t - (t - s) v_teacher(x_t^i, x_gt^{<i}, t)       one guided Euler step from real data noised to t

@@ -115,7 +115,7 @@ def parse_prompt(prompt: str) -> int:
     words = prompt.lower().split()
     if len(words) != 2 or words[0] not in COLOURS or words[1] not in SHAPES:
         raise ValueError(f"got the prompt {prompt!r}, expected a colour of {', '.join(COLOURS)} and a shape of "
-                         f"{', '.join(SHAPES)}, for example 'red ball': change --prompt")
+                         f"{', '.join(SHAPES)}, in quotes, for example \"red ball\": change --prompt")
     return PROMPTS.index(" ".join(words))
 
 

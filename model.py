@@ -47,7 +47,9 @@ from torch import Tensor, nn
 
 
 def check_window(window, sink, chunk):
-    if sink < 0 or window is not None and window < sink + chunk:
+    if sink < 0:
+        raise ValueError(f"got a sink of {sink} frames, expected 0 or more: change --sink")
+    if window is not None and window < sink + chunk:
         raise ValueError(f"window {window} cannot hold a sink of {sink} and a chunk of {chunk} frames: "
                          f"give --window at least {sink + chunk}, or a smaller --sink or --chunk")
 
@@ -429,8 +431,8 @@ def read_tensors(path: Path, only_about: bool = False) -> tuple[dict[str, Tensor
             about = json.loads((f.metadata() or {}).get("about", "{}"))
             return {} if only_about else {k: f.get_tensor(k) for k in f.keys()}, about
     except (SafetensorError, OSError, json.JSONDecodeError) as e:
-        raise ValueError(f"got a damaged or truncated file {path} ({e}), expected a complete .safetensors file: delete "
-                         "it and train this stage again, or give another --checkpoint or --out") from e
+        raise ValueError(f"got a damaged or truncated file {path} ({e}), expected a complete .safetensors file: "
+                         "change --checkpoint or --out, or move it away and train its stage again") from e
 
 
 def about_of(path: Path) -> dict:

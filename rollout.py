@@ -8,7 +8,10 @@ Python generator, so sampling, playing, evaluation and training all consume the 
 
 Training asks for an *exit step* (Self Forcing): every chunk stops at step `exit_step` of the grid and its prediction
 x_0 there is the output; only that last forward carries gradient. Over random exit steps each time of the grid is
-trained in the very conditions of inference. While a chunk is being yielded the cache still holds its past and not yet
+trained behind the student's own history. (Not quite that of inference: with an early exit the chunks in the cache are
+early predictions too. The last exit step is inference.) A first chunk with more steps exits at the same fraction of
+them: with K = 2 and 4 first steps, exit 0 is t = 1, and .9375 for the first chunk; exit 1 is the last step of both.
+While a chunk is being yielded the cache still holds its past and not yet
 itself, so the consumer may run further forwards in the chunk's own condition: Salt's self-consistency term does.
 
 Mixed steps (Salt Sec. 3.3): K is drawn anew for every rollout, so the student meets caches of every quality.

@@ -37,7 +37,7 @@ def newest_student() -> Path:
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--checkpoint", type=Path, help="a file that train.py left (default: the newest student in runs/)")
-    p.add_argument("--prompt", nargs="+", default=data.PROMPTS, help="colour and shape, one or several (default: all)")
+    p.add_argument("--prompt", nargs="+", default=data.PROMPTS, help='each in quotes: "red ball" (default: all)')
     p.add_argument("--steps", type=int, help="denoising steps per chunk (default: 2 for a student, 40 for a teacher)")
     p.add_argument("--first-steps", type=int, help="least steps of the first chunk (default: as trained)")
     p.add_argument("--chunk", type=int, help="frames per chunk (default: as trained)")
@@ -64,25 +64,18 @@ def with_defaults(args, about: dict):
     trained = {"steps": 2 if student else 40, "first_steps": c["first_steps"] if student else 1, "chunk": c["chunk"],
                "solver": about["solver"], "shift": c["shift"], "guidance": 1.0 if student else c["guidance"],
                "window": c["frames"]}
-    expect = {"solver": "a student of consistency distillation blurs under euler, a teacher stays noisy under cm",
-              "chunk": "frames jump at the borders of chunks it was not trained for",
-              "shift": "its times differ from those trained", "first_steps": "another first frame, and all that follow"}
+    expect = {"solver": "other motion, and at larger scale blur: students are made for cm, teachers for euler",
+              "guidance": "distorted pictures: a student has its teacher's guidance in it already",
+              "chunk": "frames that jump at the borders of chunks",
+              "shift": "errors at times it has not seen", "first_steps": "another first frame, and all that follow"}
+    given = {name: getattr(args, name) for name in trained if getattr(args, name) is not None}
     for name, value in trained.items():
-        given = getattr(args, name)
-        if given is None:
-            setattr(args, name, value)
-        elif given != value and name in expect:
-            print(f"warning: --{name.replace('_', '-')} {given}, but the checkpoint ({about['stage']}) was trained for "
-                  f"{value}; expect this: {expect[name]}", file=sys.stderr)
-    if student and args.steps not in (1, *c["mixed_steps"]):
-        print(f"warning: --steps {args.steps}, but the checkpoint was trained for {c['mixed_steps']}; expect errors "
-              "at the times between", file=sys.stderr)
-    if args.window > c["frames"]:
-        print(f"warning: --window {args.window}, but the checkpoint was trained on {c['frames']} frames; expect errors "
-              "at positions it has never seen", file=sys.stderr)
-    if not student and args.steps < 8:
-        print(f"warning: --steps {args.steps} of a multi-step teacher; expect a blur. Its students do this well",
-              file=sys.stderr)
+        setattr(args, name, given.get(name, value))
+    if args.shift <= 0 or args.seed < 0:
+        raise ValueError(f"got --shift {args.shift} and --seed {args.seed}, expected a shift above 0 and a seed of at "
+                         "least 0")
+    if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
+        raise ValueError(f"got --device {args.device}, expected cpu, or cuda where there is a GPU")
     if args.steps < 1 or args.first_steps < 1:
         raise ValueError(f"got --steps {args.steps} and --first-steps {args.first_steps}, expected at least 1")
     if args.out.suffix != ".webp":
@@ -90,6 +83,19 @@ def with_defaults(args, about: dict):
     if args.chunk < 1 or args.frames < 1 or args.frames % args.chunk:
         raise ValueError(f"got --frames {args.frames} and --chunk {args.chunk}, expected a multiple of the chunk")
     check_window(args.window, args.sink, args.chunk)
+    for name in given.keys() & expect.keys():
+        if given[name] != trained[name]:
+            print(f"warning: --{name.replace('_', '-')} {given[name]}, but the checkpoint ({about['stage']}) was "
+                  f"trained for {trained[name]}; expect {expect[name]}", file=sys.stderr)
+    if student and args.steps not in (1, *c["mixed_steps"]):
+        print(f"warning: --steps {args.steps}, but the checkpoint was trained for {c['mixed_steps']}; expect errors "
+              "at the times between", file=sys.stderr)
+    if args.window != c["frames"]:
+        print(f"warning: --window {args.window}, but the checkpoint was trained on {c['frames']} frames; expect errors "
+              "at positions it has never seen, or motion that forgets its past", file=sys.stderr)
+    if not student and args.steps < 8:
+        print(f"warning: --steps {args.steps} of a multi-step teacher; expect a blur. Its students do this well",
+              file=sys.stderr)
     return args
 
 
@@ -106,8 +112,8 @@ def main(args) -> Path:
         net = Guided(net, torch.zeros(config.text_len, config.text_dim), args.guidance)
     grid, first_grid = grids(args.steps, args.shift, args.first_steps)
     times = [round(t, 4) for t in grid.tolist()]
-    print(f"{checkpoint} ({about['stage']}): {args.steps} steps at t = {times}, {args.solver}, window {args.window}, "
-          f"sink {args.sink}")
+    print(f"{checkpoint} ({about['stage']}): {args.steps} steps at t = {times}, first chunk {len(first_grid)} steps, "
+          f"{args.solver}, window {args.window}, sink {args.sink}")
 
     def noise(i, k):
         shape = (args.chunk, config.in_dim, data.SIZE, data.SIZE)
@@ -122,7 +128,11 @@ def main(args) -> Path:
         latency = latency or time.time() - start
         bar.update(args.chunk)
     bar.close()
-    clips = data.pixels(torch.cat(chunks, dim=1), scale=8)
+    x = torch.cat(chunks, dim=1)
+    if not x.isfinite().all():
+        raise ValueError(f"got non-finite frames from {checkpoint}, expected finite ones: change --checkpoint or "
+                         "--guidance")
+    clips = data.pixels(x, scale=8 if len(prompts) > 2 else 20)
     columns = next(n for n in (6, 5, 4, 3, 2, 1) if len(clips) % n == 0)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     data.save_webp(args.out, rearrange(clips, "(r c) f h w rgb -> f (r h) (c w) rgb", c=columns))

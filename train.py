@@ -22,9 +22,11 @@ import argparse
 import copy
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -293,15 +295,22 @@ def self_rollout(cfg, net, text, noise, steps, exit_step, triple=None) -> tuple[
 
 
 def salt(cfg) -> Training:
-    """Salt's autoregressive training (Salt Eq. 13): asymmetric DMD on mixed-step self-rollouts, L_SC, L_align."""
+    """Salt's autoregressive training: asymmetric DMD on rollouts of the student, of K = 2, 4 or 8 steps (Salt Eq. 13),
+
+        min L_DMD + lambda_sc L_SC 1[K = 8] + lambda_align L_align 1[K in {2, 4}]
+
+    L_SC where the exit step leaves room for a triple: everywhere but at the last time of the grid. L_align after a
+    warm-up, in a random share of the updates, at the time and with the noise at which DMD compares its scores.
+    """
     weights = finished(cfg, "bidirectional")
     teacher, critic = frozen(build(cfg, weights)), build(cfg, weights)
     weights = finished(cfg, "causal_cd")
     net, ema = build(cfg, weights), frozen(build(cfg, weights))
     real = Guided(teacher, null_text(cfg), cfg.score_guidance)
     optimizer, critic_optimizer = adamw(net, 0, (0.0, 0.999)), adamw(critic, 0, (0.0, 0.999))
-    steps, densest, shape = cfg.steps_of("salt"), max(cfg.mixed_steps), video_shape(cfg)
-    train_grid, infer_grid = schedule(densest, cfg.shift), schedule(densest // 2, cfg.shift)
+    updates, densest, shape = cfg.steps_of("salt"), max(cfg.mixed_steps), video_shape(cfg)
+    train_grid = schedule(densest, cfg.shift)  # T_train, all of it supervised by DMD
+    infer_grid = schedule(densest // 2, cfg.shift)  # T^(K) of Eq. 9: ends that leave room for a time in between
 
     def features(x_t, t, text):
         return teacher(x_t, t, text, until=len(teacher.blocks) // 2)
@@ -318,13 +327,13 @@ def salt(cfg) -> Training:
         return k, exit_step, text, noise, t, eps, g
 
     def update(step):
-        decay = warm_then_decay(step, steps)
+        decay = warm_then_decay(step, updates)
         for i in range(cfg.critic_steps):
             k, exit_step, text, noise, t, eps, _ = draw_rollout(step, which=1 + i)
             with torch.no_grad():
                 x0, _ = self_rollout(cfg, net, text, noise, k, exit_step)
-            loss, metrics = dmd.critic_loss(critic, x0, text, t, eps)
-            norm = descend(cfg, critic, critic_optimizer, loss, cfg.critic_lr * decay, "--critic-lr")
+            loss, critic_metrics = dmd.critic_loss(critic, x0, text, t, eps)
+            critic_norm = descend(cfg, critic, critic_optimizer, loss, cfg.critic_lr * decay, "--critic-lr")
 
         k, exit_step, text, noise, t, eps, g = draw_rollout(step, which=0)
         triple = None
@@ -332,12 +341,12 @@ def salt(cfg) -> Training:
             triple = sc_loss.draw_triple(train_grid[exit_step].item(), train_grid, infer_grid, g)
         x0, sc = self_rollout(cfg, net, text, noise, k, exit_step, triple)
         loss, dmd_metrics = dmd.dmd_loss(x0, text, critic, real, t, eps)
-        metrics |= dmd_metrics | {"K": k, "exit_step": exit_step, "critic_grad_norm": norm}
+        metrics = critic_metrics | dmd_metrics | {"K": k, "exit_step": exit_step, "critic_grad_norm": critic_norm}
         if sc:
             metrics["sc"] = torch.stack(sc).mean()
             loss = loss + cfg.lambda_sc * metrics["sc"]
         aligned = torch.rand((), generator=g) < cfg.align_prob
-        if k < densest and step >= cfg.align_warmup * steps and aligned and cfg.lambda_align > 0:
+        if k < densest and step >= cfg.align_warmup * updates and aligned and cfg.lambda_align > 0:
             with torch.no_grad():  # the next denser schedule, from the same noise, at the same fraction of its steps
                 x_ref, _ = self_rollout(cfg, net, text, noise, 2 * k, 2 * exit_step + 1)
             alignment, align_metrics = align.align_loss(features, x0, x_ref, text, t, eps, cfg.align_margin)
@@ -437,7 +446,27 @@ def same_settings(cfg, stage, path, was: dict):
         if f.metadata["affects"] in STAGES[: STAGES.index(stage) + 1] and now != then:
             name = "--" + f.name.replace("_", "-")
             raise ValueError(f"got {name} {now}, expected {then}, with which {path} was trained: change {name}, or "
-                             "start afresh with another --out")
+                             "give another --out (with copies of the stages to keep, if you like)")
+
+
+@contextmanager
+def stopping_gently():
+    """Yields a list that the first Ctrl-C or SIGTERM fills, so that the update in hand is finished and saved."""
+    asked, signals = [], (signal.SIGINT, signal.SIGTERM)
+
+    def ask(number, _):
+        asked.append(number)
+        restore()
+
+    def restore():
+        for number in signals:
+            signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, ask) for number in signals}
+    try:
+        yield asked
+    finally:
+        restore()
 
 
 def run_stage(cfg, stage, most: int) -> int:
@@ -456,7 +485,8 @@ def run_stage(cfg, stage, most: int) -> int:
     write_text(Path(cfg.out) / "config.json", json.dumps(asdict(cfg), indent=1))
     first, last = about["step"], min(steps, about["step"] + most)
     start, before = time.time(), about["seconds"]
-    with tqdm(total=steps, initial=first, desc=stage, mininterval=1, smoothing=0.05) as bar:
+    bar = tqdm(total=steps, initial=first, desc=stage, mininterval=1, smoothing=0.05)
+    with bar, stopping_gently() as asked_to_stop:
         for step in range(first, last):
             try:
                 metrics = {k: float(torch.as_tensor(v).detach()) for k, v in training.update(step).items()}
@@ -465,15 +495,17 @@ def run_stage(cfg, stage, most: int) -> int:
                                  f"in {state_path}") from e
             record(cfg, {"stage": stage, "step": step, **metrics})
             bar.update()
-            if (step + 1) % cfg.save_every == 0 or step + 1 == last:
+            if (step + 1) % cfg.save_every == 0 or step + 1 == last or asked_to_stop:
                 about |= {"step": step + 1, "seconds": before + time.time() - start}
                 save_state(state_path, training, about)
                 bar.set_postfix({k: f"{v:.3g}" for k, v in list(metrics.items())[:3]})
+            if asked_to_stop:
+                break
     if about["step"] == steps:
         about |= {"solver": "cm" if stage in FEW_STEP else "euler", "saved": time.time()}
         write_tensors(path_of(cfg, stage, "_raw"), training.nets["net"].state_dict(), about)
         write_tensors(path_of(cfg, stage), training.nets["ema"].state_dict(), about)
-    return last - first
+    return about["step"] - first
 
 
 # ---------------------------------------------------------------------------------------------------------------------

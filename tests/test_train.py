@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -115,6 +117,23 @@ def test_killed_between_saves_goes_on_from_the_last_one(run, tmp_path, monkeypat
     assert all(torch.equal(a[k], b[k]) for k in a)
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(5))
+
+
+def test_ctrl_c_finishes_the_update_and_saves(tmp_path):
+    """Bug: a traceback and up to --save-every lost updates; a state saved in the middle of an update."""
+    flags = [w for k, v in {**TINY, "save_every": 10**6, "bidirectional_steps": 10**6}.items()
+             for w in (f"--{k.replace('_', '-')}", str(v))]
+    run = subprocess.Popen([sys.executable, ROOT / "train.py", "--out", tmp_path, *flags], stdout=subprocess.PIPE,
+                           text=True)
+    log = tmp_path / "metrics.jsonl"
+    while run.poll() is None and not (log.exists() and log.read_text().count("\n") > 3):
+        time.sleep(0.1)
+    run.send_signal(signal.SIGINT)
+    out, _ = run.communicate(timeout=60)
+    assert run.returncode == 0 and "stopped; the same command goes on" in out
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    saved = read_tensors(tmp_path / "bidirectional.state.safetensors")[1]["step"]
+    assert steps == list(range(saved)) and saved > 3
 
 
 def test_other_seeds_are_other_runs(run, tmp_path):
