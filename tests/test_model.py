@@ -140,6 +140,8 @@ def test_cache_is_read_only_and_detached(tiny):
     assert not any(z.requires_grad for z in (*cache.keys, *cache.values))
     assert all(torch.equal(a, b) for a, b in zip(before, (*cache.keys, *cache.values)))
     assert cache.frames == [0, 1] and cache.next_frame == 2
+    net(past[:, :1], t[:, :1], text, cache=cache, commit=True)  # a commit that someone makes with gradient enabled
+    assert not any(z.requires_grad for z in (*cache.keys, *cache.values)) and cache.next_frame == 3
 
 
 def test_long_rollout_has_flat_memory_and_bounded_positions(tiny):
