@@ -7,17 +7,23 @@ Their difference is the gradient of the KL divergence (Salt Eq. 4, CF++ Eq. 6):
 
     grad_theta L_DMD = E_t[ (s_fake(x_t, t) - s_real(x_t, t)) dx_0/dtheta ],   x_t = (1 - t) x_0 + t eps
 
-With s = -eps_hat / t and x_0 = x_t - t v, s_fake - s_real = (1 - t) (x0_fake - x0_real) / t^2. In practice the factor
-of t is replaced by one number per sample, 1 / mean|x_0 - x0_real|, so that all times pull equally hard:
+With s = -eps_hat / t and x_0 = x_t - t v, s_fake - s_real = (1 - t) (x0_fake - x0_real) / t^2, and dx_t/dx_0 = 1 - t:
+`kl_gradient` is Eq. 4 to the letter. In practice its factor of t is replaced by one number per sample, 1 / mean|x_0 -
+x0_real|, so that all times pull equally hard (`dmd_gradient`):
 
     grad = (x0_fake - x0_real) / mean|x_0 - x0_real|
     L    = 1/2 mean || x_0 - sg(x_0 - grad) ||^2           so that dL/dx_0 = grad / numel
 
 The critic follows the generator by flow matching on generated clips, several critic steps per generator step.
 In *asymmetric* DMD (CausVid, Self Forcing, CF++ Stage 3) the generator is causal and rolls out by itself, while teacher
-and critic are bidirectional and look at the whole clip.
+and critic are bidirectional and look at the whole clip. In *causal* DMD (CF++ Eq. 7) all three are causal and see the
+clean past of real clips: the same functions with the layout chunk=n, clean=x_gt.
 
 Both score models are callables net(x, t, text) -> velocity. The teacher is guided (flowmap.Guided), the critic is not.
+
+The adversarial variant (Salt's 'Ours-alpha', after DMD2) adds a discriminator: a small head on the critic's features
+that tells noised real clips from noised generated ones. Salt says no more than 'an extra discriminator'; ours follows
+DMD2, with a logit per token and the critic's middle block.
 
 Where we differ from the public code, and why
   - Times are used as they are, everywhere (the public code looks its sigma up in a table made with another shift).
@@ -28,15 +34,24 @@ Where we differ from the public code, and why
 """
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from flowmap import add_noise, flow_matching_loss, to_x0, warp
+from flowmap import add_noise, flow_matching_loss, like, to_x0, warp
 
 
 def score_times(batch: int, frames: int, shift: float, g: torch.Generator) -> Tensor:
-    """Times at which the scores are compared, one per clip: warped uniform in [.02, .98] (as in DMD2), `batch
-    frames`."""
-    return warp(torch.rand(batch, 1, generator=g), shift).clamp(0.02, 0.98).expand(batch, frames)
+    """Times at which the scores are compared, one per clip, `batch frames`: warp(u), u uniform where it gives [.02,
+    .98] (the range is DMD2's; the public code clamps to it, so that at shift 5 nine draws in a hundred are .98)."""
+    low, high = warp(0.02, 1 / shift), warp(0.98, 1 / shift)  # warp(.; 1 / s) undoes warp(.; s)
+    return warp(low + (high - low) * torch.rand(batch, 1, generator=g), shift).expand(batch, frames)
+
+
+def kl_gradient(x0_fake: Tensor, x0_real: Tensor, t) -> Tensor:
+    """Salt Eq. 4 for one clip and one t: (s_fake - s_real) dx_t/dx_0 = ((1 - t) / t)^2 (x0_fake - x0_real). Its mean
+    over clips, noise and t is the gradient of E_t KL(p_fake,t || p_real,t) by x_0. All `b f c h w`."""
+    t = like(t, x0_fake)
+    return ((1 - t) / t) ** 2 * (x0_fake - x0_real)
 
 
 def dmd_gradient(x0: Tensor, x0_fake: Tensor, x0_real: Tensor) -> Tensor:
@@ -50,22 +65,54 @@ def surrogate_loss(x0: Tensor, grad: Tensor) -> Tensor:
     return 0.5 * (x0 - (x0 - grad).detach()).square().mean()
 
 
-def dmd_loss(x0: Tensor, text: Tensor, critic, teacher, t: Tensor, eps: Tensor) -> tuple[Tensor, dict]:
-    """DMD's generator loss (Salt Eq. 4, CF++ Eq. 6).
+def dmd_loss(x0: Tensor, text: Tensor, critic, teacher, t: Tensor, eps: Tensor, exact: bool = False,
+             **layout) -> tuple[Tensor, dict]:
+    """DMD's generator loss (Salt Eq. 4, CF++ Eq. 6; with chunk=n, clean=x_gt and causal score models CF++ Eq. 7).
 
-    x0: generated clips `b f c h w`; the gradient flows into x0 only. critic, teacher: net(x, t, text) -> velocity.
-    t: `b f`. eps: like x0.
+    x0: generated clips `b f c h w`; the gradient flows into x0 only. critic, teacher: net(x, t, text, **layout) ->
+    velocity. t: `b f`. eps: like x0. exact: kl_gradient in place of the normalised dmd_gradient.
     """
     with torch.no_grad():
         x_t = add_noise(x0, eps, t)
-        x0_fake = to_x0(x_t, critic(x_t, t, text), t).float()
-        x0_real = to_x0(x_t, teacher(x_t, t, text), t).float()
-        grad = dmd_gradient(x0.float(), x0_fake, x0_real)
+        x0_fake, x0_real = (to_x0(x_t, net(x_t, t, text, **layout), t) for net in (critic, teacher))
+        if x0.dtype != torch.float64:
+            x0_fake, x0_real = x0_fake.float(), x0_real.float()
+        grad = kl_gradient(x0_fake, x0_real, t) if exact else dmd_gradient(x0, x0_fake, x0_real)
     metrics = {"dmd_grad": grad.abs().mean(), "fake_minus_real": (x0_fake - x0_real).abs().mean()}
-    return surrogate_loss(x0.float(), grad), metrics
+    return surrogate_loss(x0, grad), metrics
 
 
-def critic_loss(critic, x0: Tensor, text: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, dict]:
+def critic_loss(critic, x0: Tensor, text: Tensor, t: Tensor, eps: Tensor, **layout) -> tuple[Tensor, dict]:
     """The critic learns the generator's distribution: flow matching on generated clips x0, detached."""
-    loss, _ = flow_matching_loss(critic, x0.detach(), text, t, eps)
+    loss, _ = flow_matching_loss(critic, x0.detach(), text, t, eps, **layout)
     return loss, {"critic": loss.detach()}
+
+
+class Discriminator(nn.Module):
+    """Real or generated? Features of the critic, tokens `b f s d`, to logits `b f s`."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 1))
+
+    @torch.no_grad()
+    def init_weights(self, seed: int):
+        """Random weights from their own generator."""
+        g = torch.Generator().manual_seed(seed)
+        for layer in (self.head[1], self.head[3]):
+            layer.weight.copy_(torch.randn(layer.weight.shape, generator=g) / layer.in_features**0.5)
+            layer.bias.zero_()
+        return self
+
+    def forward(self, features):
+        return self.head(features.float())[..., 0]
+
+
+def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """Of logits on real and on generated clips: -log sigmoid(real) - log sigmoid(-fake), the mean."""
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+
+def adversarial_loss(fake: Tensor) -> Tensor:
+    """The generator's: -log sigmoid of the logits on its clips (non-saturating)."""
+    return F.softplus(-fake).mean()

@@ -26,12 +26,14 @@ from rollout import grids, stream
 
 
 def newest_student() -> Path:
-    """The student last trained, of any run: salt's, or before that causal CD's."""
-    found = [*Path("runs").glob("*/salt.safetensors"), *Path("runs").glob("*/causal_cd.safetensors")]
+    """The autoregressive student last trained, of any run."""
+    found = {path: about_of(path) for path in Path("runs").glob("*/*.safetensors")
+             if not path.stem.endswith(("_raw", ".state"))}
+    found = {path: about for path, about in found.items() if about.get("causal") and about.get("few_step")}
     if not found:
         raise ValueError("got no student in runs/, expected runs/*/salt.safetensors or runs/*/causal_cd.safetensors: "
                          "run `python train.py` first, or give --checkpoint")
-    return max(found, key=lambda path: about_of(path).get("saved", 0))
+    return max(found, key=lambda path: found[path]["saved"])
 
 
 def parse(argv=None):
@@ -55,15 +57,16 @@ def parse(argv=None):
 
 def with_defaults(args, about: dict):
     """Fill what was not given from the checkpoint's record; warn where what was given departs from it."""
-    if about.get("stage") not in ("teacher_forcing", "causal_cd", "salt"):
-        raise ValueError(f"got a checkpoint of stage {about.get('stage')}, expected an autoregressive one "
-                         "(teacher_forcing, causal_cd, salt): change --checkpoint")
     if "solver" not in about:
-        raise ValueError("got a .state file of a training run, expected a finished stage's: change --checkpoint")
-    student, c = about["stage"] in ("causal_cd", "salt"), about["config"]
+        raise ValueError("got no finished stage's checkpoint, expected a file STAGE.safetensors that train.py left: "
+                         "change --checkpoint")
+    if not about["causal"]:
+        raise ValueError(f"got a checkpoint of stage {about['stage']}, expected an autoregressive one "
+                         "(teacher_forcing, causal_cd, salt, ...): change --checkpoint")
+    student, c = about["few_step"], about["config"]
     trained = {"steps": 2 if student else 40, "first_steps": c["first_steps"] if student else 1, "chunk": c["chunk"],
                "solver": about["solver"], "shift": c["shift"], "guidance": 1.0 if student else c["guidance"],
-               "window": c["frames"]}
+               "window": c["window"] or c["frames"]}
     expect = {"solver": "other motion, and at larger scale blur: students are made for cm, teachers for euler",
               "guidance": "distorted pictures: a student has its teacher's guidance in it already",
               "chunk": "frames that jump at the borders of chunks",
@@ -90,9 +93,9 @@ def with_defaults(args, about: dict):
     if student and args.steps not in (1, *c["mixed_steps"]):
         print(f"warning: --steps {args.steps}, but the checkpoint was trained for {c['mixed_steps']}; expect errors "
               "at the times between", file=sys.stderr)
-    if args.window != c["frames"]:
-        print(f"warning: --window {args.window}, but the checkpoint was trained on {c['frames']} frames; expect errors "
-              "at positions it has never seen, or motion that forgets its past", file=sys.stderr)
+    if args.window != trained["window"]:
+        print(f"warning: --window {args.window}, but the checkpoint was trained on {trained['window']} frames; expect "
+              "errors at positions it has never seen, or motion that forgets its past", file=sys.stderr)
     if not student and args.steps < 8:
         print(f"warning: --steps {args.steps} of a multi-step teacher; expect a blur. Its students do this well",
               file=sys.stderr)

@@ -13,19 +13,20 @@ x1 - x2 = (tm - te) (v(x_tm, tm) - v(x_ts, ts)): the loss asks the velocity to b
 
 Triples (Salt Eq. 9): ts from the training grid; te from the inference grid below ts; tm from the training grid strictly
 between. SC must act on the grid that DMD supervises; on a denser one the composed branch passes through times that
-nobody trains, and it hurts (Salt, appendix A.2).
+nobody trains, and it hurts (Salt, appendix A.2). `shortcut_loss` at the end of this file is that other way of asking
+for composition, as the sole training signal and on a dense grid.
 
 Left open by the paper
   - Whether 0 belongs to the ends te. Here it does: otherwise the last interval, the one that makes the picture, has
     no target.
   - Where the gradient flows. Default `through="both"`, as Eq. 8 is written; "direct" holds the composed end fixed
-    (as in shortcut models), "composed" the direct one.
+    (as in shortcut models), "composed" the direct one. README compares the three.
 """
 
 import torch
 from torch import Tensor
 
-from flowmap import euler
+from flowmap import add_noise, euler
 
 
 def triple_ends(ts: float, train_grid: Tensor, infer_grid: Tensor) -> list[float]:
@@ -83,3 +84,52 @@ def semigroup_defect(velocity, x_ts: Tensor, ts, tm, te, eps: float = 1e-8) -> T
     return (defect / (moved + eps)).mean()
 
 
+@torch.no_grad()
+def path_defects(velocity, x: Tensor, infer_grid: Tensor, train_grid: Tensor) -> list[float]:
+    """The defect of every interval of the test-time path (Salt A.1): walk from noise x `b ...` down infer_grid by
+    Euler steps; at each interval (ts, te) take tm from train_grid, the middle one of those strictly between.
+
+    Salt measures T^(4) with shift 12. ValueError if an interval has no training time inside.
+    """
+    defects, times = [], [*infer_grid.tolist(), 0.0]
+    for ts, te in zip(times, times[1:]):
+        middles = [tm for tm in train_grid.tolist() if te < tm < ts]
+        if not middles:
+            raise ValueError(f"got no training time between {ts:.4f} and {te:.4f}, expected a finer training grid")
+        defects.append(semigroup_defect(velocity, x, ts, middles[len(middles) // 2], te).item())
+        x = euler(x, velocity(x, ts), ts, te)
+    return defects
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The other way: composition as the training signal itself
+
+def shortcut_loss(student, ema, teacher, x0: Tensor, text: Tensor, grid: Tensor, start: Tensor, stride: int,
+                  eps: Tensor) -> tuple[Tensor, dict]:
+    """Shortcut flow matching without a step-size embedding (SCFM, arXiv 2510.17858; shortcut models, arXiv 2410.12557).
+
+        v_theta(x_t, t) -> sg (x_t - x_s) / (t - s),  x_s = two Euler steps of theta-, of half the stride each
+
+    A step should go where two half steps go; a step of one interval where the teacher goes. One velocity serves all
+    strides, so its flow is pulled straight. x0, eps: `b f c h w`. grid: descending times `N`, followed by 0. start:
+    integers `b f` with start + stride <= N. stride: 1 or even. Gradient into the student only.
+    """
+    times = torch.cat([grid, grid.new_zeros(1)]).to(x0.device)
+    t, m, s = times[start], times[start + stride // 2], times[start + stride]
+    x_t = add_noise(x0, eps, t)
+    with torch.no_grad():
+        if stride == 1:
+            target = teacher(x_t, t, text)
+        else:
+            first = ema(x_t, t, text)
+            x_m = euler(x_t, first, t, m)
+            half = ((t - m) / (t - s))[..., None, None, None]
+            target = half * first + (1 - half) * ema(x_m, m, text)
+    loss = (student(x_t, t, text).float() - target.float()).square().mean()
+    return loss, {"shortcut": loss.detach()}
+
+
+def draw_shortcut(batch: int, frames: int, steps: int, g: torch.Generator) -> tuple[Tensor, int]:
+    """A stride of 1, 2, 4, ..., steps / 2 for the batch, and a start for every clip: integers `batch frames`."""
+    stride = 2 ** int(torch.randint((steps // 2).bit_length(), (), generator=g))
+    return torch.randint(steps - stride + 1, (batch, 1), generator=g).expand(batch, frames), stride

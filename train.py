@@ -2,30 +2,26 @@
 
     python train.py                          # the toy recipe: four stages on a laptop, about 20 minutes on 2 CPU cores
     python train.py --stage causal_cd        # one stage; it starts from what the stages before left in --out
+    python train.py --stage self_forcing     # a baseline of the papers: baselines.py lists them
     python train.py --longer 3 --out runs/long            # the same recipe, three times as long
     python train.py --stage evaluate --eval-seed 1        # measure again what a run left, on other prompts and seeds
     python train.py --help                   # every flag
 
-    stage            trains                            from              by
-    bidirectional    the teacher, sees the whole clip  scratch           flow matching
-    teacher_forcing  the autoregressive teacher        bidirectional     flow matching, clean past     CF++ Stage 1
-    causal_cd        the few-step student              teacher_forcing   causal consistency            CF++ Eq. 3
-    salt             the final student                 causal_cd         Salt Eq. 13, CF++ Stage 3
+The four stages of the recipe are in stages.py, every other method in baselines.py; this file is the config, the loop
+and the measuring.
 
 A run leaves in --out: STAGE.safetensors (EMA weights, official names) and STAGE_raw.safetensors, sheets of pictures,
 config.json, metrics.jsonl, and STAGE.state.safetensors, from which a stopped run goes on, step for step as if it had
-never stopped: every random draw is a function of (seed, stage, step, index in the batch). What is written replaces
-the old only when it is complete; nothing is pickled.
+never stopped: every random draw is a function of (seed, kind of stage, step, index in the batch). What is written
+replaces the old only when it is complete; nothing is pickled.
 """
 
 import argparse
-import copy
 import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -34,21 +30,32 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import align
 import data
-import dmd
-import sc_loss
-from causal_cd import causal_cd_loss, draw_index
-from flowmap import Guided, flow_matching_loss, sample, schedule, warp
-from model import SIZES, CausalWan, about_of, load_weights, read_tensors, write_tensors
-from rollout import grids, shared_noise, stream
+from baselines import BASELINES
+from flowmap import Guided, sample, schedule
+from model import about_of, load_weights, read_tensors, write_tensors
+from rollout import stream
+from stages import (
+    EVALUATE,
+    KINDS,
+    RECIPE,
+    WORLD,
+    Training,
+    build,
+    finished,
+    frozen,
+    null_text,
+    path_of,
+    self_rollout,
+    video_shape,
+)
 
-STAGES = ("bidirectional", "teacher_forcing", "causal_cd", "salt")
-FEW_STEP = ("causal_cd", "salt")
+STAGES = RECIPE | BASELINES
 
 
 def flag(default, help, affects="bidirectional"):
-    """A setting; affects: the first stage whose weights depend on it, or "none"."""
+    """A setting; affects: the kinds of stage (stages.KINDS) whose weights depend on it, or "none". Every stage depends
+    on what its teachers depend on."""
     return field(default=default, metadata={"help": help, "affects": affects})
 
 
@@ -57,7 +64,8 @@ class Config:
     """Every setting of a run; each is also a command-line flag of the same name."""
 
     size: str = flag("toy", "the network: toy")
-    stage: str = flag("all", f"one of {', '.join(STAGES)}; all of them; or evaluate", "none")
+    stage: str = flag("all", "one of the recipe, bidirectional teacher_forcing causal_cd salt; all of these; a "
+                             "baseline (see baselines.py); or evaluate", "none")
     out: str = flag("runs/toy", "folder for checkpoints, metrics and pictures", "none")
     seed: int = flag(0, "of weights, data, noise and every other draw")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda", "none")
@@ -80,37 +88,53 @@ class Config:
     teacher_forcing_batch: int = flag(16, "clips per update", "teacher_forcing")
     teacher_forcing_lr: float = flag(3e-3, "learning rate", "teacher_forcing")
 
-    shift: float = flag(5.0, "timestep shift of inference grids (CF++: 5)", "causal_cd")
-    guidance: float = flag(1.5, "teacher guidance w in v_u + w (v_c - v_u)", "causal_cd")
-    causal_cd_steps: int = flag(900, "updates of stage causal_cd", "causal_cd")
-    causal_cd_batch: int = flag(16, "clips per update", "causal_cd")
-    causal_cd_lr: float = flag(1e-3, "learning rate", "causal_cd")
-    causal_cd_grid: int = flag(48, "times of the consistency grid (CF++: 48)", "causal_cd")
-    causal_cd_ema: float = flag(0.95, "decay of the target network theta-", "causal_cd")
+    # distillation along the teacher's trajectories: causal_cd; bidirectional_ode, causal_ode, pcm, scfm
+    shift: float = flag(5.0, "timestep shift of inference grids (CF++: 5)", "trajectory dmd")
+    guidance: float = flag(1.5, "teacher guidance w in v_u + w (v_c - v_u)", "trajectory dmd")
+    trajectory_steps: int = flag(900, "updates of a distillation along trajectories", "trajectory")
+    trajectory_batch: int = flag(16, "clips per update", "trajectory")
+    trajectory_lr: float = flag(1e-3, "learning rate", "trajectory")
+    trajectory_grid: int = flag(48, "times of the teacher's trajectory (CF++: 48)", "trajectory")
+    trajectory_ema: float = flag(0.95, "decay of the target network theta-", "trajectory")
+    trajectories: int = flag(1024, "stored trajectories of causal_ode and bidirectional_ode", "trajectory")
+    phases: int = flag(4, "phases of pcm, and its sampling steps", "trajectory")
+    shortcut_grid: int = flag(32, "times of the dense grid of scfm and dmd4_scfm, a power of two", "trajectory dmd")
 
-    salt_steps: int = flag(200, "generator updates of stage salt", "salt")
-    salt_batch: int = flag(16, "clips per rollout", "salt")
-    salt_lr: float = flag(4e-4, "learning rate of the generator", "salt")
-    critic_lr: float = flag(8e-4, "learning rate of the critic", "salt")
-    score_shift: float = flag(2.0, "timestep shift of the times at which DMD compares scores", "salt")
-    score_guidance: float = flag(1.0, "guidance w of DMD's teacher", "salt")
-    critic_steps: int = flag(4, "critic updates per generator update", "salt")
-    salt_ema: float = flag(0.95, "decay of the generator's averaged weights", "salt")
-    mixed_steps: tuple = flag((2, 4, 8), "rollout lengths K (Salt Sec. 3.3)", "salt")
-    mixed_probs: tuple = flag((0.2, 0.4, 0.4), "their probabilities (Salt Sec. B)", "salt")
-    first_steps: int = flag(4, "least steps of the first chunk (CF++ Sec. 4)", "salt")
-    lambda_sc: float = flag(0.2, "weight of self-consistency, at the largest K (Salt: 0.2)", "salt")
-    lambda_align: float = flag(0.5, "weight of alignment, at the smaller K (ours; VideoREPA's TRD weight)", "salt")
-    align_warmup: float = flag(0.25, "share of the stage before alignment starts (Salt: 600 iterations)", "salt")
-    align_prob: float = flag(0.5, "share of later updates that use it (ours; Salt: 'stochastically')", "salt")
-    align_margin: float = flag(0.1, "margin delta of alignment (VideoREPA: 0.1)", "salt")
+    # distribution matching: salt, and every method with a critic
+    init: str = flag("", "stage whose weights the student starts from; the method's own if not given", "dmd")
+    dmd_steps: int = flag(200, "generator updates of a DMD stage", "dmd")
+    dmd_batch: int = flag(16, "clips per update", "dmd")
+    dmd_lr: float = flag(4e-4, "learning rate of the generator", "dmd")
+    critic_lr: float = flag(8e-4, "learning rate of the critic", "dmd")
+    critic_steps: int = flag(4, "critic updates per generator update", "dmd")
+    dmd_ema: float = flag(0.95, "decay of the generator's averaged weights", "dmd")
+    score_shift: float = flag(2.0, "timestep shift of the times at which DMD compares scores", "dmd")
+    score_guidance: float = flag(1.0, "guidance w of DMD's teacher", "dmd")
+    train_grid: int = flag(8, "times of SC-DMD's grid (Salt: 8)", "dmd")
+    rollout_steps: int = flag(4, "steps K of students with one fixed K: self_forcing, causvid, ...", "dmd")
+    mixed_steps: tuple = flag((2, 4, 8), "rollout lengths K of salt and mixed_sc (Salt Sec. 3.3)", "dmd")
+    mixed_probs: tuple = flag((0.2, 0.4, 0.4), "their probabilities (Salt Sec. B)", "dmd")
+    first_steps: int = flag(4, "least steps of the first chunk (CF++ Sec. 4); 1: as many as the others", "dmd")
+    window: int = flag(0, "frames that a frame of a stage-3 student sees, itself included (LongLive); 0: all", "dmd")
+    sink: int = flag(0, "of these, how many are the first of the clip", "dmd")
+    lambda_sc: float = flag(0.2, "weight of self-consistency, at the largest K (Salt: 0.2)", "dmd")
+    sc_through: str = flag("both", "branches of L_SC that carry gradient: both, direct or composed", "dmd")
+    lambda_align: float = flag(0.5, "weight of alignment, at the smaller K (ours; VideoREPA's TRD weight)", "dmd")
+    align_warmup: float = flag(0.25, "share of the stage before alignment starts (Salt: 600 iterations)", "dmd")
+    align_prob: float = flag(0.5, "share of later updates that use it (ours; Salt: 'stochastically')", "dmd")
+    align_margin: float = flag(0.1, "margin delta of alignment (VideoREPA: 0.1)", "dmd")
+    align_features: str = flag("teacher", "network whose features alignment compares: teacher or critic", "dmd")
+    align_depth: float = flag(0.5, "depth of those features, 1: after its last block", "dmd")
+    lambda_gan: float = flag(0.03, "weight of sc_dmd_gan's discriminator (ours)", "dmd")
+    lambda_scfm: float = flag(1.0, "weight of the shortcut loss in dmd4_scfm (ours)", "dmd")
+    lambda_rcm: float = flag(1.0, "weight of the consistency loss in rcm, DMD's being 1 (ours)", "dmd")
 
     eval_clips: int = flag(256, "clips behind each row of the table", "none")
     eval_seed: int = flag(0, "prompts and noise of the table; settings were chosen on 0, README reports 1", "none")
     teacher_eval_steps: int = flag(40, "sampling steps of the multi-step teachers", "none")
 
-    def steps_of(self, stage: str) -> int:
-        return max(1, round(getattr(self, f"{stage}_steps") * self.longer))
+    def steps_of(self, kind: str) -> int:
+        return max(1, round(getattr(self, f"{kind}_steps") * self.longer))
 
 
 def check(cfg: Config):
@@ -120,8 +144,14 @@ def check(cfg: Config):
             got = ", ".join(f"--{n.replace('_', '-')} {getattr(cfg, n)}" for n in name.split())
             raise ValueError(f"got {got}, expected {expected}")
 
+    def power_of_two(n):
+        return n > 0 and n & (n - 1) == 0
+
     need(cfg.size == "toy", "size", "toy")
     need(cfg.stage in (*STAGES, "all", "evaluate"), "stage", f"one of {', '.join(STAGES)}, all, evaluate")
+    need(cfg.init == "" or cfg.init in STAGES, "init", f"one of {', '.join(STAGES)}")
+    need(cfg.init == "" or cfg.stage in STAGES and STAGES[cfg.stage].kind == "dmd", "init stage",
+         "a DMD stage, which starts from it")
     need(cfg.device == "cpu" or cfg.device.startswith("cuda") and torch.cuda.is_available(), "device",
          "cpu, or cuda where there is a GPU")
     need(not Path(cfg.out).is_file(), "out", "a folder, not a file")
@@ -134,243 +164,30 @@ def check(cfg: Config):
          "each K twice the one before, so that the grids nest, and the last a multiple of 4")
     need(cfg.first_steps > 0 and cfg.mixed_steps[-1] % cfg.first_steps == 0, "first_steps mixed_steps",
          "first steps that divide the largest K")
+    need(power_of_two(cfg.rollout_steps) and power_of_two(cfg.first_steps), "rollout_steps first_steps",
+         "powers of two, so that the grids nest")
     need(len(cfg.mixed_steps) == len(cfg.mixed_probs) and min(cfg.mixed_probs) >= 0
          and abs(sum(cfg.mixed_probs) - 1) < 1e-6, "mixed_steps mixed_probs", "one probability each, summing to 1")
-    need(1 <= cfg.critic_steps < 100, "critic_steps", "1 to 99")
-    for name in ("ema", "causal_cd_ema", "salt_ema", "prompt_dropout"):
+    need(1 <= cfg.critic_steps < 90, "critic_steps", "1 to 89")
+    need(power_of_two(cfg.shortcut_grid) and cfg.shortcut_grid > 1, "shortcut_grid", "a power of two")
+    need(cfg.trajectory_grid % (4 * cfg.phases) == 0, "trajectory_grid phases",
+         "a multiple of 4 and of the phases, so that the students' times lie on it")
+    need(cfg.train_grid > 3 and cfg.train_grid % 2 == 0, "train_grid", "an even number, at least 4")
+    need(cfg.sc_through in ("both", "direct", "composed"), "sc_through", "both, direct or composed")
+    need(cfg.align_features in ("teacher", "critic"), "align_features", "teacher or critic")
+    need(0 < cfg.align_depth <= 1, "align_depth", "above 0 and at most 1")
+    need(cfg.sink >= 0 and (cfg.window == 0 or cfg.window >= cfg.sink + cfg.chunk), "window sink chunk",
+         "a window that holds the sink and a chunk, or 0")
+    for name in ("ema", "trajectory_ema", "dmd_ema", "prompt_dropout"):
         need(0 <= getattr(cfg, name) < 1, name, "at least 0 and below 1")
     for name in ("longer", "shift", "train_shift", "score_shift", "clip_norm", "save_every", "eval_clips",
-                 "teacher_eval_steps", "causal_cd_grid", "critic_lr",
-                 *(f"{s}_{x}" for s in STAGES for x in ("steps", "batch", "lr"))):
+                 "teacher_eval_steps", "trajectories", "phases", "critic_lr",
+                 *(f"{s}_{x}" for s in KINDS for x in ("steps", "batch", "lr"))):
         need(getattr(cfg, name) > 0, name, "a positive number")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Random draws: functions of (what for, seed, stage, step, which of several), and for a sample of its index in the batch
-
-STEER, DROP, PROMPTS, NOISE, RENOISE, CLIPS, WORLD, EVALUATE = range(8)  # what a draw is for
-
-
-def draws(cfg, stage, step, purpose=STEER, which=0) -> torch.Generator:
-    """The generator of draws that are made once for a batch: times, K, exit step, which losses."""
-    return data.generator(purpose, cfg.seed, STAGES.index(stage), step, which)
-
-
-def noise_like(cfg, stage, step, shape, purpose=NOISE, which=0) -> Tensor:
-    """Noise `b *shape`, b the stage's batch; sample i has its own generator."""
-    key = (purpose, cfg.seed, STAGES.index(stage), step, which)
-    return data.noises(range(getattr(cfg, f"{stage}_batch")), shape, *key).to(cfg.device)
-
-
-def batch(cfg, stage, step) -> tuple[Tensor, Tensor]:
-    """Clips `b f c h w` never seen before and their text `b l d`, some of it dropped."""
-    size = getattr(cfg, f"{stage}_batch")
-    key = (CLIPS, cfg.seed, STAGES.index(stage))
-    x0, prompts = data.clips(range(step * size, (step + 1) * size), cfg.frames, *key)
-    kept = torch.rand(size, 1, 1, generator=draws(cfg, stage, step, DROP)) >= cfg.prompt_dropout
-    return x0.to(cfg.device), (data.embed(prompts) * kept).to(cfg.device)
-
-
-def prompts_only(cfg, step, which) -> Tensor:
-    """Text of random prompts: Salt needs no video."""
-    g = draws(cfg, "salt", step, PROMPTS, which)
-    return data.embed(torch.randint(len(data.PROMPTS), (cfg.salt_batch,), generator=g)).to(cfg.device)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The stages. Each returns what it trains and update(step) -> metrics, the algorithm box of its paper.
-
-@dataclass
-class Training:
-    nets: dict  # name -> network; "net" is the one trained for, "ema" its average
-    optimizers: dict  # name -> optimizer of nets[name]
-    update: Callable[[int], dict]  # step -> metrics
-
-
-def build(cfg, weights: dict | None = None, seed=0) -> CausalWan:
-    net = CausalWan(SIZES[cfg.size]).init_weights(seed)
-    if weights:
-        load_weights(net, weights, "the checkpoint")
-    return net.to(cfg.device)
-
-
-def frozen(net):
-    return net.requires_grad_(False).eval()
-
-
-def adamw(net, lr, betas=(0.9, 0.95)):
-    return torch.optim.AdamW(net.parameters(), lr=lr, betas=betas, weight_decay=0.01)
-
-
-def descend(cfg, net, optimizer, loss, lr, flag) -> Tensor:
-    """One step of an optimizer. Returns the gradient norm; FloatingPointError, naming the lr's flag, if not finite."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip_norm)
-    if not torch.isfinite(norm):
-        raise FloatingPointError(f"got a non-finite loss or gradient, expected a finite one: try a smaller {flag}")
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    return norm
-
-
-@torch.no_grad()
-def average(ema, net, decay, step):
-    """ema <- decay ema + (1 - decay) net, with a smaller decay at first, so that the start is forgotten."""
-    decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
-
-
-def warm_then_decay(step, steps):
-    """Learning-rate factor: 20 steps of warm-up, constant, then linear to a tenth over the last half."""
-    return min(1, (step + 1) / 20) * min(1, 0.1 + 1.8 * (1 - step / steps))
-
-
-def null_text(cfg):
-    c = SIZES[cfg.size]
-    return torch.zeros(c.text_len, c.text_dim, device=cfg.device)
-
-
-def diffusion(cfg, stage, net, causal: bool) -> Training:
-    """Flow matching: a bidirectional model, or with causal=True an autoregressive one by teacher forcing."""
-    ema, optimizer, steps = frozen(copy.deepcopy(net)), adamw(net, 0), cfg.steps_of(stage)
-
-    def update(step):
-        x0, text = batch(cfg, stage, step)
-        eps = noise_like(cfg, stage, step, x0.shape[1:])
-        u = torch.rand(len(x0), cfg.frames // cfg.chunk, generator=draws(cfg, stage, step))  # a time per chunk
-        if not causal:
-            u[::2] = u[::2, :1]  # one time for the whole clip, as in sampling; the other half teaches faster (ours)
-        u = u.repeat_interleave(cfg.chunk, 1)
-        layout = {"chunk": cfg.chunk, "clean": x0} if causal else {}
-        loss, metrics = flow_matching_loss(net, x0, text, warp(u, cfg.train_shift).to(x0), eps, **layout)
-        lr = getattr(cfg, f"{stage}_lr") * warm_then_decay(step, steps)
-        metrics["grad_norm"] = descend(cfg, net, optimizer, loss, lr, f"--{stage}-lr".replace("_", "-"))
-        average(ema, net, cfg.ema, step)
-        return metrics
-
-    return Training({"net": net, "ema": ema}, {"net": optimizer}, update)
-
-
-def bidirectional(cfg) -> Training:
-    return diffusion(cfg, "bidirectional", build(cfg, seed=cfg.seed), causal=False)
-
-
-def teacher_forcing(cfg) -> Training:
-    return diffusion(cfg, "teacher_forcing", build(cfg, finished(cfg, "bidirectional")), causal=True)
-
-
-def causal_cd(cfg) -> Training:
-    weights, steps = finished(cfg, "teacher_forcing"), cfg.steps_of("causal_cd")
-    teacher = Guided(frozen(build(cfg, weights)), null_text(cfg), cfg.guidance)
-    net, ema = build(cfg, weights), frozen(build(cfg, weights))
-    optimizer, grid = adamw(net, 0), schedule(cfg.causal_cd_grid, cfg.shift)
-
-    def update(step):
-        x0, text = batch(cfg, "causal_cd", step)
-        eps = noise_like(cfg, "causal_cd", step, x0.shape[1:])
-        index = draw_index(len(x0), cfg.frames, cfg.chunk, len(grid), draws(cfg, "causal_cd", step))
-        loss, metrics = causal_cd_loss(net, ema, teacher, x0, text, grid, index, eps, cfg.chunk)
-        lr = cfg.causal_cd_lr * warm_then_decay(step, steps)
-        metrics["grad_norm"] = descend(cfg, net, optimizer, loss, lr, "--causal-cd-lr")
-        average(ema, net, cfg.causal_cd_ema, step)
-        return metrics
-
-    return Training({"net": net, "ema": ema}, {"net": optimizer}, update)
-
-
-def self_rollout(cfg, net, text, noise, steps, exit_step, triple=None) -> tuple[Tensor, list[Tensor]]:
-    """Roll out a clip; with a triple (tm, te), also the self-consistency loss of every chunk. noise: `b K f c h w`."""
-    grid, first_grid = grids(steps, cfg.shift, cfg.first_steps)
-    x0, sc = [], []
-    for chunk in stream(net, shared_noise(noise, cfg.chunk, steps, len(first_grid)), text, grid,
-                        chunks=cfg.frames // cfg.chunk, first_grid=first_grid, exit_step=exit_step):
-        x0.append(chunk.x0)
-        if triple:
-            def velocity(x, t, past=chunk.cache):
-                return net(x, torch.full(x.shape[:2], t, device=x.device), text, cache=past)
-            sc.append(sc_loss.sc_loss(velocity, chunk.x_t, chunk.v, chunk.t, *triple)[0])
-    return torch.cat(x0, dim=1), sc
-
-
-def salt(cfg) -> Training:
-    """Salt's autoregressive training: asymmetric DMD on rollouts of the student, of K = 2, 4 or 8 steps (Salt Eq. 13),
-
-        min L_DMD + lambda_sc L_SC 1[K = 8] + lambda_align L_align 1[K in {2, 4}]
-
-    L_SC where the exit step leaves room for a triple: everywhere but at the last time of the grid. L_align after a
-    warm-up, in a random share of the updates, at the time and with the noise at which DMD compares its scores.
-    """
-    weights = finished(cfg, "bidirectional")
-    teacher, critic = frozen(build(cfg, weights)), build(cfg, weights)
-    weights = finished(cfg, "causal_cd")
-    net, ema = build(cfg, weights), frozen(build(cfg, weights))
-    real = Guided(teacher, null_text(cfg), cfg.score_guidance)
-    optimizer, critic_optimizer = adamw(net, 0, (0.0, 0.999)), adamw(critic, 0, (0.0, 0.999))
-    updates, densest, shape = cfg.steps_of("salt"), max(cfg.mixed_steps), video_shape(cfg)
-    train_grid = schedule(densest, cfg.shift)  # T_train, all of it supervised by DMD
-    infer_grid = schedule(densest // 2, cfg.shift)  # T^(K) of Eq. 9: ends that leave room for a time in between
-
-    def features(x_t, t, text):
-        return teacher(x_t, t, text, until=len(teacher.blocks) // 2)
-
-    def draw_rollout(step, which):
-        """K, exit step, prompts, noise, and the time and noise at which scores are compared. which = 0: generator's."""
-        g = draws(cfg, "salt", step, STEER, which)
-        k = cfg.mixed_steps[int(torch.multinomial(torch.tensor(cfg.mixed_probs), 1, generator=g))]
-        exit_step = int(torch.randint(k, (), generator=g))
-        text = prompts_only(cfg, step, which)
-        noise = noise_like(cfg, "salt", step, (densest, *shape), NOISE, which)
-        t = dmd.score_times(cfg.salt_batch, cfg.frames, cfg.score_shift, g).to(cfg.device)
-        eps = noise_like(cfg, "salt", step, shape, RENOISE, which)
-        return k, exit_step, text, noise, t, eps, g
-
-    def update(step):
-        decay = warm_then_decay(step, updates)
-        for i in range(cfg.critic_steps):
-            k, exit_step, text, noise, t, eps, _ = draw_rollout(step, which=1 + i)
-            with torch.no_grad():
-                x0, _ = self_rollout(cfg, net, text, noise, k, exit_step)
-            loss, critic_metrics = dmd.critic_loss(critic, x0, text, t, eps)
-            critic_norm = descend(cfg, critic, critic_optimizer, loss, cfg.critic_lr * decay, "--critic-lr")
-
-        k, exit_step, text, noise, t, eps, g = draw_rollout(step, which=0)
-        triple = None
-        if k == densest and cfg.lambda_sc > 0:
-            triple = sc_loss.draw_triple(train_grid[exit_step].item(), train_grid, infer_grid, g)
-        x0, sc = self_rollout(cfg, net, text, noise, k, exit_step, triple)
-        loss, dmd_metrics = dmd.dmd_loss(x0, text, critic, real, t, eps)
-        metrics = critic_metrics | dmd_metrics | {"K": k, "exit_step": exit_step, "critic_grad_norm": critic_norm}
-        if sc:
-            metrics["sc"] = torch.stack(sc).mean()
-            loss = loss + cfg.lambda_sc * metrics["sc"]
-        aligned = torch.rand((), generator=g) < cfg.align_prob
-        if k < densest and step >= cfg.align_warmup * updates and aligned and cfg.lambda_align > 0:
-            with torch.no_grad():  # the next denser schedule, from the same noise, at the same fraction of its steps
-                x_ref, _ = self_rollout(cfg, net, text, noise, 2 * k, 2 * exit_step + 1)
-            alignment, align_metrics = align.align_loss(features, x0, x_ref, text, t, eps, cfg.align_margin)
-            loss, metrics = loss + cfg.lambda_align * alignment, metrics | align_metrics
-        metrics["grad_norm"] = descend(cfg, net, optimizer, loss, cfg.salt_lr * decay, "--salt-lr")
-        average(ema, net, cfg.salt_ema, step)
-        return metrics | {"generator_updates": step + 1, "critic_updates": (step + 1) * cfg.critic_steps}
-
-    return Training({"net": net, "ema": ema, "critic": critic}, {"net": optimizer, "critic": critic_optimizer}, update)
-
-
-BEGIN = {"bidirectional": bidirectional, "teacher_forcing": teacher_forcing, "causal_cd": causal_cd, "salt": salt}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The loop: resume, update, log, save
-
-def video_shape(cfg) -> tuple:
-    return cfg.frames, SIZES[cfg.size].in_dim, data.SIZE, data.SIZE
-
-
-def path_of(cfg, stage, kind="") -> Path:
-    return Path(cfg.out) / f"{stage}{kind}.safetensors"
-
 
 def is_finished(cfg, stage) -> bool:
     """The raw weights are written first, so the EMA's file says that both are there."""
@@ -378,19 +195,6 @@ def is_finished(cfg, stage) -> bool:
     if ema.exists() and not raw.exists():
         raise ValueError(f"got {ema} without {raw}, expected both: restore it, or delete the first to train again")
     return ema.exists()
-
-
-def finished(cfg, stage, kind="") -> dict[str, Tensor]:
-    """The weights that a finished stage left in --out; ValueError if they are missing, damaged or another's."""
-    path = path_of(cfg, stage, kind)
-    if not path.is_file():
-        raise ValueError(f"got no file {path}, expected the checkpoint of stage {stage}: run `python train.py --stage "
-                         f"{stage} --out {cfg.out}` first, or change --out")
-    weights, about = read_tensors(path)
-    if about.get("stage") != stage or about.get("size") != cfg.size:
-        raise ValueError(f"got {path} of stage {about.get('stage')} and size {about.get('size')}, expected stage "
-                         f"{stage} and size {cfg.size}: change --out or --size")
-    return weights
 
 
 def save_state(path, training: Training, about: dict):
@@ -439,11 +243,22 @@ def forget_after(cfg, stage, step):
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
+def start_of(cfg, stage) -> str | None:
+    """The stage whose weights a stage starts from."""
+    return cfg.init if cfg.init and STAGES[stage].kind == "dmd" else STAGES[stage].start
+
+
+def kinds_behind(cfg, stage) -> set[str]:
+    """The kinds of a stage and of all that it starts from."""
+    start = start_of(cfg, stage)
+    return {STAGES[stage].kind} | (kinds_behind(replace(cfg, init=""), start) if start else set())
+
+
 def same_settings(cfg, stage, path, was: dict):
     """A stage's weights belong to the settings that made them, its own and those of the stages before."""
     for f in fields(Config):
-        now, then = (json.loads(json.dumps(x)) for x in (getattr(cfg, f.name), was.get(f.name)))
-        if f.metadata["affects"] in STAGES[: STAGES.index(stage) + 1] and now != then:
+        now, then = (json.loads(json.dumps(x)) for x in (getattr(cfg, f.name), was.get(f.name, f.default)))
+        if set(f.metadata["affects"].split()) & kinds_behind(cfg, stage) and now != then:
             name = "--" + f.name.replace("_", "-")
             raise ValueError(f"got {name} {now}, expected {then}, with which {path} was trained: change {name}, or "
                              "give another --out (with copies of the stages to keep, if you like)")
@@ -471,12 +286,12 @@ def stopping_gently():
 
 def run_stage(cfg, stage, most: int) -> int:
     """Train one stage to its end, or for `most` updates. Returns the number of updates made."""
-    steps, state_path = cfg.steps_of(stage), path_of(cfg, stage, ".state")
+    steps, state_path = cfg.steps_of(STAGES[stage].kind), path_of(cfg, stage, ".state")
     if is_finished(cfg, stage):
         same_settings(cfg, stage, path_of(cfg, stage), about_of(path_of(cfg, stage))["config"])
         print(f"{stage}: already trained, in {path_of(cfg, stage)}")
         return 0
-    training = BEGIN[stage](cfg)
+    training = STAGES[stage].begin(cfg, start_of(cfg, stage))
     about = {"stage": stage, "size": cfg.size, "step": 0, "seconds": 0.0, "config": asdict(cfg)}
     if state_path.exists():
         about = load_state(state_path, training)
@@ -502,7 +317,8 @@ def run_stage(cfg, stage, most: int) -> int:
             if asked_to_stop:
                 break
     if about["step"] == steps:
-        about |= {"solver": "cm" if stage in FEW_STEP else "euler", "saved": time.time()}
+        about |= {k: getattr(STAGES[stage], k) for k in ("causal", "few_step", "solver")}
+        about |= {"saved": time.time(), **training.cost}
         write_tensors(path_of(cfg, stage, "_raw"), training.nets["net"].state_dict(), about)
         write_tensors(path_of(cfg, stage), training.nets["ema"].state_dict(), about)
     return about["step"] - first
@@ -511,18 +327,28 @@ def run_stage(cfg, stage, most: int) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation: every stage on the same prompts and noise
 
+def as_trained(cfg, stage) -> Config:
+    """cfg with every setting that shaped a finished stage as it was then."""
+    then = about_of(path_of(cfg, stage))["config"]
+    shaped = {f.name: then[f.name] for f in fields(Config) if f.metadata["affects"] != "none" and f.name in then}
+    return replace(cfg, **{k: tuple(v) if isinstance(v, list) else v for k, v in shaped.items()})
+
+
 @torch.no_grad()
 def generate(cfg, stage, net, steps, prompts, noise) -> Tensor:
     """Clips as this stage's model samples them. prompts `b`; noise `b K f c h w` as in rollout.shared_noise."""
-    text = data.embed(prompts).to(cfg.device)
-    if stage in FEW_STEP:
+    text, how, grid = data.embed(prompts).to(cfg.device), STAGES[stage], schedule(steps, cfg.shift)
+    if how.causal and how.few_step:
         return self_rollout(cfg, net, text, noise, steps, steps - 1)[0]
-    net, grid = Guided(net, null_text(cfg), cfg.guidance), schedule(steps, cfg.shift)
-    if stage == "bidirectional":
-        return sample(lambda x, t: net(x, torch.full(x.shape[:2], t, device=x.device), text), noise, grid)
-    chunks = stream(net, lambda i, k: noise[:, 0, i * cfg.chunk : (i + 1) * cfg.chunk], text, grid,
-                    chunks=cfg.frames // cfg.chunk, solver="euler")
-    return torch.cat([c.x0 for c in chunks], dim=1)
+    if not how.few_step:
+        net, noise = Guided(net, null_text(cfg), cfg.guidance), noise[:, :1]
+    if how.causal:
+        chunks = stream(net, lambda i, k: noise[:, 0, i * cfg.chunk : (i + 1) * cfg.chunk], text, grid,
+                        chunks=cfg.frames // cfg.chunk, solver=how.solver)
+        return torch.cat([c.x0 for c in chunks], dim=1)
+    stride = max(1, noise.shape[1] // steps)  # the grids nest: equal times get equal noise
+    return sample(lambda x, t: net(x, torch.full(x.shape[:2], t, device=x.device), text), noise[:, ::stride], grid,
+                  how.solver)
 
 
 def evaluation_set(cfg, clips):
@@ -536,28 +362,32 @@ def row(cfg, stage, weights, steps, nfe, x, prompts, sample_seconds, about) -> d
     world = data.motion(data.tracks(range(4096), cfg.frames, WORLD)[0])
     return {"stage": stage, "weights": weights, "steps": steps, "nfe": nfe, **data.measure(x, prompts, world),
             "sample_seconds": sample_seconds, "train_seconds": about.get("seconds", 0), "saved": about.get("saved"),
+            "data_seconds": about.get("data_seconds", 0), "data_bytes": about.get("data_bytes", 0),
             "clips": cfg.eval_clips, "eval_seed": cfg.eval_seed, "teacher_eval_steps": cfg.teacher_eval_steps}
 
 
 def evaluate(cfg, stage) -> list[dict]:
     """Table rows of a finished stage: EMA and raw weights at 1, 2 and 4 steps, teachers also at their full number."""
+    cfg, how = as_trained(cfg, stage), STAGES[stage]
     _, prompts, noise = evaluation_set(cfg, cfg.eval_clips)
     about, rows = about_of(path_of(cfg, stage)), []
     for weights, kind in (("ema", ""), ("raw", "_raw")):
-        net = frozen(build(cfg, finished(cfg, stage, kind)))
+        net = frozen(build(cfg, finished(cfg, stage, kind), windowed=how.few_step and how.kind == "dmd"))
         for steps in steps_shown(cfg, stage):
             start = time.time()
             parts = zip(prompts.split(256), noise.split(256))
             x = torch.cat([generate(cfg, stage, net, steps, p, z) for p, z in parts])
-            nfe = steps if stage in FEW_STEP else 2 * steps  # guidance runs the network twice
+            nfe = steps if how.few_step else 2 * steps  # guidance runs the network twice
             rows.append(row(cfg, stage, weights, steps, nfe, x, prompts, time.time() - start, about))
-            if weights == "raw" and stage not in FEW_STEP:
+            if weights == "raw" and not how.few_step:
                 break
     return rows
 
 
 def steps_shown(cfg, stage) -> tuple:
-    return (1, 2, 4) if stage in FEW_STEP else (cfg.teacher_eval_steps, 4, 2, 1)
+    if not STAGES[stage].few_step:
+        return cfg.teacher_eval_steps, 4, 2, 1
+    return (1, 2, 4) if STAGES[stage].causal else tuple(k for k in (1, 2, 4, 8) if max(cfg.mixed_steps) % k == 0)
 
 
 def known_rows(cfg, stage) -> list[dict]:
@@ -589,9 +419,10 @@ def draw_sheet(cfg, stages, name):
     real, prompts, noise = evaluation_set(cfg, 6)
     rows = {"the world": real}
     for stage in stages:
-        net = frozen(build(cfg, finished(cfg, stage)))
-        for steps in sorted(steps_shown(cfg, stage)):
-            rows[f"{stage} {steps}"] = generate(cfg, stage, net, steps, prompts, noise)
+        was, how = as_trained(cfg, stage), STAGES[stage]
+        net = frozen(build(was, finished(was, stage), windowed=how.few_step and how.kind == "dmd"))
+        for steps in sorted(steps_shown(was, stage)):
+            rows[f"{stage} {steps}"] = generate(was, stage, net, steps, prompts, noise)
     data.sheet(rows, Path(cfg.out) / name)
 
 
@@ -601,14 +432,12 @@ def draw_sheet(cfg, stages, name):
 def main(cfg: Config) -> list[dict]:
     """Run what the config asks for. Returns the rows of the table (empty if stopped before its end)."""
     check(cfg)
-    stages = STAGES if cfg.stage == "all" else (cfg.stage,)
+    stages = RECIPE if cfg.stage == "all" else (cfg.stage,)
     if cfg.stage == "evaluate":
         stages = [stage for stage in STAGES if is_finished(cfg, stage)]
         if not stages:
             raise ValueError(f"got --out {cfg.out}, expected a folder with a trained stage: change --out, or train")
-        then = about_of(path_of(cfg, stages[-1]))["config"]
-        trained = {f.name: then[f.name] for f in fields(Config) if f.metadata["affects"] != "none"}
-        cfg = replace(cfg, **{k: tuple(v) if isinstance(v, list) else v for k, v in trained.items()})
+        cfg = as_trained(cfg, stages[-1])
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     print("settings:", json.dumps(asdict(cfg)))
     for k in cfg.mixed_steps:

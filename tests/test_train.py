@@ -13,11 +13,12 @@ from conftest import ROOT
 from PIL import Image
 
 import sample
+import stages
 import train
 from model import read_tensors
 
-TINY = dict(bidirectional_steps=3, teacher_forcing_steps=3, causal_cd_steps=3, salt_steps=5, bidirectional_batch=4,
-            teacher_forcing_batch=4, causal_cd_batch=4, salt_batch=2, critic_steps=2, frames=4, eval_clips=6,
+TINY = dict(bidirectional_steps=3, teacher_forcing_steps=3, trajectory_steps=3, dmd_steps=5, bidirectional_batch=4,
+            teacher_forcing_batch=4, trajectory_batch=4, dmd_batch=2, critic_steps=2, frames=4, eval_clips=6,
             teacher_eval_steps=3, align_warmup=0.0, align_prob=1.0, save_every=2, device="cpu")
 
 
@@ -41,13 +42,13 @@ def run(tmp_path_factory):
 def test_whole_recipe_leaves_what_it_promises(run):
     """Bug: a stage that is not run, not saved, not measured, or not drawn."""
     out, rows = run
-    assert {r["stage"] for r in rows} == {"the world", *train.STAGES}
-    for stage in train.STAGES:
+    assert {r["stage"] for r in rows} == {"the world", *train.RECIPE}
+    for stage in train.RECIPE:
         assert {"ema", "raw"} == {r["weights"] for r in rows if r["stage"] == stage}
         assert Image.open(out / f"{stage}.png").size[0] > 100
         assert Image.open(out / f"{stage}.webp").n_frames == 4
         assert read_tensors(out / f"{stage}.safetensors")[1]["stage"] == stage
-    assert json.loads((out / "config.json").read_text())["salt_steps"] == 5
+    assert json.loads((out / "config.json").read_text())["dmd_steps"] == 5
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["stage"] == "salt"] == list(range(5))
     assert lines[-1]["generator_updates"] == 5 and lines[-1]["critic_updates"] == 10
@@ -58,7 +59,7 @@ def test_every_stage_changes_what_it_trains(run):
     """Bug: an optimizer built on other parameters than those of the loss; an EMA that is the start, or the raw
     weights."""
     out, before = run[0], train.build(config(run[0]), seed=0).state_dict()
-    for stage in train.STAGES:
+    for stage in train.RECIPE:
         raw, ema = (read_tensors(out / f"{stage}{kind}.safetensors")[0] for kind in ("_raw", ""))
         assert any(not torch.equal(raw[k], ema[k]) for k in raw)
         assert all(any(not torch.equal(x[k], before[k]) for k in raw) for x in (raw, ema))
@@ -73,7 +74,7 @@ def test_stopped_and_resumed_equals_straight(run, tmp_path):
     for _ in range(30):
         if train.main(config(tmp_path, stop_after=3)):
             break
-    for stage in train.STAGES:
+    for stage in train.RECIPE:
         for kind in ("", "_raw", ".state"):
             a, b = (read_tensors(folder / f"{stage}{kind}.safetensors")[0] for folder in (out, tmp_path))
             assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), (stage, kind)
@@ -97,18 +98,18 @@ def test_killed_between_saves_goes_on_from_the_last_one(run, tmp_path, monkeypat
     """Bug: metrics counted twice, or a state that is ahead of its weights, after a crash in the middle of an update."""
     out, _ = run
     crash = {"at": 3}
-    real = train.average
+    real = stages.average
 
     def average(ema, net, decay, step):
         if step == crash["at"]:
             raise KeyboardInterrupt
         real(ema, net, decay, step)
 
-    for stage in train.STAGES[:3]:
+    for stage in list(train.RECIPE)[:3]:
         for kind in ("", "_raw"):
             name = f"{stage}{kind}.safetensors"
             (tmp_path / name).write_bytes((out / name).read_bytes())
-    monkeypatch.setattr(train, "average", average)
+    monkeypatch.setattr(stages, "average", average)
     with pytest.raises(KeyboardInterrupt):
         train.main(config(tmp_path, stage="salt"))
     crash["at"] = None
@@ -145,18 +146,18 @@ def test_other_seeds_are_other_runs(run, tmp_path):
 
 def test_salt_uses_each_of_its_terms(run, monkeypatch):
     """Bug: a term of Salt Eq. 13 that is never on, on at the wrong K, or not added to the loss that is descended."""
-    cfg, seen, descended = config(run[0], salt_batch=1, critic_steps=1, lambda_sc=0.3, lambda_align=0.7), {}, []
-    descend = train.descend
+    cfg, seen, descended = config(run[0], dmd_batch=1, critic_steps=1, lambda_sc=0.3, lambda_align=0.7), {}, []
+    descend = stages.descend
 
     def watch(cfg, net, optimizer, loss, lr, flag):
         descended.append(loss.item())
         return descend(cfg, net, optimizer, loss, lr, flag)
 
-    monkeypatch.setattr(train, "descend", watch)
-    dmd_loss = train.dmd.dmd_loss
+    monkeypatch.setattr(stages, "descend", watch)
+    dmd_loss = stages.dmd.dmd_loss
     dmd_losses = []
-    monkeypatch.setattr(train.dmd, "dmd_loss", lambda *a: (dmd_losses.append(r := dmd_loss(*a)), r)[1])
-    training = train.salt(cfg)
+    monkeypatch.setattr(stages.dmd, "dmd_loss", lambda *a: (dmd_losses.append(r := dmd_loss(*a)), r)[1])
+    training = train.RECIPE['salt'].begin(cfg, 'causal_cd')
     for step in range(24):
         m = training.update(step)
         seen.setdefault(m["K"], []).append(m)
@@ -172,15 +173,15 @@ def test_salt_scores_with_the_right_networks(run, monkeypatch):
     """Bug: teacher and critic exchanged (DMD then runs away from the teacher), a critic that is not trained, an EMA
     or a
     teacher that moves when it must not."""
-    cfg, calls = config(run[0]), []
-    dmd_loss = train.dmd.dmd_loss
-    monkeypatch.setattr(train.dmd, "dmd_loss", lambda *a: (calls.append(a), dmd_loss(*a))[1])
-    training = train.salt(cfg)
+    cfg, calls = config(run[0], score_guidance=2.0), []
+    dmd_loss = stages.dmd.dmd_loss
+    monkeypatch.setattr(stages.dmd, "dmd_loss", lambda *a: (calls.append(a), dmd_loss(*a))[1])
+    training = train.RECIPE['salt'].begin(cfg, 'causal_cd')
     teacher_weights = train.finished(cfg, "bidirectional")
     start = {name: {k: v.clone() for k, v in net.state_dict().items()} for name, net in training.nets.items()}
     training.update(0)
     _, _, critic, real, _, _ = calls[0]
-    assert critic is training.nets["critic"] and real.w == cfg.score_guidance
+    assert critic is training.nets["critic"] and real.w == 2
     assert all(torch.equal(v, teacher_weights[k]) for k, v in real.net.state_dict().items())
     for name, net in training.nets.items():
         assert any(not torch.equal(v, start[name][k]) for k, v in net.state_dict().items()), f"{name} did not move"
@@ -238,10 +239,10 @@ def test_help_explains_every_flag():
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(size="huge"), "--size"), (dict(stage="dmd"), "--stage"), (dict(frames=5, chunk=2), "--chunk"),
+    (dict(size="huge"), "--size"), (dict(stage="dmdd"), "--stage"), (dict(frames=5, chunk=2), "--chunk"),
     (dict(mixed_steps=(2, 4)), "--mixed-probs"), (dict(mixed_steps=(2, 3, 8)), "--mixed-steps"),
-    (dict(salt_steps=0), "--salt-steps"), (dict(longer=0.0), "--longer"), (dict(first_steps=0), "--first-steps"),
-    (dict(critic_steps=0), "--critic-steps"), (dict(seed=-1), "--seed"), (dict(salt_ema=1.0), "--salt-ema"),
+    (dict(dmd_steps=0), "--dmd-steps"), (dict(longer=0.0), "--longer"), (dict(first_steps=0), "--first-steps"),
+    (dict(critic_steps=0), "--critic-steps"), (dict(seed=-1), "--seed"), (dict(dmd_ema=1.0), "--dmd-ema"),
     (dict(stage="evaluate"), "--out")])
 def test_bad_settings_are_named(tmp_path, changes, message):
     """Bug: a setting that fails an hour later, deep inside, or after something was written."""
@@ -252,8 +253,8 @@ def test_bad_settings_are_named(tmp_path, changes, message):
 
 def test_unknown_flag():
     """Bug: a mistyped flag that is ignored."""
-    ran = command(ROOT / "train.py", "--salt-stepz", 3)
-    assert ran.returncode != 0 and "--salt-stepz" in ran.stderr
+    ran = command(ROOT / "train.py", "--dmd-stepz", 3)
+    assert ran.returncode != 0 and "--dmd-stepz" in ran.stderr
 
 
 def test_checkpoints_missing_truncated_or_of_another_stage(run, tmp_path):
@@ -288,7 +289,7 @@ def test_half_trained_stage_refuses_other_settings(tmp_path):
     train.main(config(tmp_path, stage="bidirectional", stop_after=2))
     with pytest.raises(ValueError, match="--bidirectional-lr"):
         train.main(config(tmp_path, stage="bidirectional", bidirectional_lr=1.0))
-    train.main(config(tmp_path, stage="bidirectional", salt_steps=9, lambda_sc=0.1))  # a later stage's does not matter
+    train.main(config(tmp_path, stage="bidirectional", dmd_steps=9, lambda_sc=0.1))  # a later stage's does not matter
     with pytest.raises(ValueError, match="--seed"):  # nor is a finished stage taken for another run's
         train.main(config(tmp_path, stage="bidirectional", seed=3))
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 0
@@ -298,8 +299,8 @@ def test_non_finite_loss_stops_and_loses_nothing(tmp_path, monkeypatch):
     """Bug: a NaN that is trained on, or that overwrites the last good state."""
     train.main(config(tmp_path, stage="bidirectional", stop_after=2))
     before = (tmp_path / "bidirectional.state.safetensors").read_bytes()
-    real = train.batch
-    monkeypatch.setattr(train, "batch", lambda *a: (real(*a)[0] * float("nan"), real(*a)[1]))
+    real = stages.batch
+    monkeypatch.setattr(stages, "batch", lambda *a: (real(*a)[0] * float("nan"), real(*a)[1]))
     with pytest.raises(ValueError, match="step 2.*non-finite.*--bidirectional-lr"):
         train.main(config(tmp_path, stage="bidirectional"))
     assert (tmp_path / "bidirectional.state.safetensors").read_bytes() == before

@@ -1,0 +1,387 @@
+"""Every method that the tables of Salt and Causal Forcing++ compare with, on the same parts, data and draws.
+
+`python train.py --stage NAME`, once the stages that it starts from have been trained:
+
+    not autoregressive: a few-step student of the bidirectional teacher, whole clips at once (Salt Tab. 1, 2, 4, A.1)
+    dmd4, dmd8               DMD on a grid of 4 or 8 times, from noised real clips
+    dmd4_backward, dmd8_...  the same from the student's own states (backward simulation; Salt Fig. 1)
+    sc_dmd                   dmd8 + lambda_sc L_SC
+    sc_dmd_gan               sc_dmd + a discriminator (Salt's 'Ours-alpha')
+    scfm, dmd4_scfm          shortcut flow matching on a dense grid; the naive hybrid of dmd4 and it
+    pcm                      consistency distillation in phases
+    rcm                      continuous-time consistency + DMD
+
+    autoregressive, stage 2: a student to start stage 3 from (CF++ Tab. 2; teacher_forcing itself is one, too)
+    bidirectional_ode        regression on stored trajectories of the bidirectional teacher (CausVid, Self Forcing)
+    causal_ode               the same of the autoregressive teacher (Causal Forcing; CF++ Eq. 1)
+    causal_dmd               DMD behind the clean past, all three networks causal (CF++ Eq. 7)
+
+    autoregressive, stage 3: asymmetric DMD (CF++ Tab. 1, Salt Tab. 2, 5). --init NAME starts from another stage 2,
+    --rollout-steps, --first-steps and --chunk set the regime, --window and --sink LongLive's short memory
+    causvid                  diffusion forcing on real clips, from bidirectional_ode
+    self_forcing             self-rollouts, from bidirectional_ode
+    causal_forcing           self-rollouts, from causal_ode
+    causal_forcing_pp        self-rollouts, from causal_cd
+    naive_sc                 causal_forcing_pp + L_SC on its one grid, which hurts (Salt Tab. 5)
+    mixed_sc                 mixed steps + L_SC: salt without alignment
+"""
+
+import json
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import dmd
+import sc_loss
+from causal_cd import draw_index, ode_loss, pcm_loss, rcm_loss, trajectory
+from flowmap import add_noise, renoise, schedule, to_x0, warp
+from model import read_tensors, write_tensors
+from stages import (
+    CLIPS,
+    NOISE,
+    Made,
+    Stage,
+    Training,
+    asymmetric,
+    batch,
+    build,
+    distribution_matching,
+    draws,
+    finished,
+    frozen,
+    guide,
+    noise_like,
+    prompts_only,
+    regression,
+    rollouts,
+    video_shape,
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Not autoregressive: the student is bidirectional and makes the whole clip at once
+
+def triple_of_networks(cfg, start):
+    """Student, teacher and critic, all bidirectional and all with the same weights."""
+    weights = finished(cfg, start)
+    return build(cfg, weights, windowed=True), frozen(build(cfg, weights)), build(cfg, weights)
+
+
+def clips_for(cfg, step, which):
+    """Real clips for the generator's step (which = 0) and for each of the critic's (1, 2, ...)."""
+    return batch(cfg, "dmd", step * (1 + cfg.critic_steps) + which)
+
+
+def denoised(net, x_t, t: float, text, **layout) -> tuple[Tensor, Tensor]:
+    """x_0 = x_t - t v and v, at one time for all."""
+    v = net(x_t, torch.full(x_t.shape[:2], t, device=x_t.device), text, **layout)
+    return to_x0(x_t, v, t), v
+
+
+def from_noised_clips(cfg, net, grid, with_sc=False):
+    """make(step, which, g): denoise a noised real clip at a time of the grid (backward simulation off, as in Salt).
+
+    with_sc adds L_SC from there: ts is that time, tm from the same grid, te from the grid of half as many steps.
+    """
+    infer_grid = grid[::2]
+
+    def make(step, which, g):
+        x0, text = clips_for(cfg, step, which)
+        k = int(torch.randint(len(grid), (), generator=g))
+        ts, terms = grid[k].item(), {}
+        x_t = add_noise(x0, noise_like(cfg, "dmd", step, x0.shape[1:], NOISE, which), ts)
+        x0_made, v = denoised(net, x_t, ts, text)
+        triple = sc_loss.draw_triple(ts, grid, infer_grid, g) if with_sc and which == 0 else None
+        if triple:
+            def velocity(x, t):
+                return denoised(net, x, t, text)[1]
+            terms["sc"] = sc_loss.sc_loss(velocity, x_t, v, ts, *triple, cfg.sc_through)[0]
+        return Made(x0_made, text, terms, drawn={"exit_step": k})
+
+    return make
+
+
+def simulated(net, noise: Tensor, grid: Tensor, exit_step: int, text, **layout) -> Tensor:
+    """Backward simulation (DMD2): walk from noise to grid[exit_step] by the CM solver, without gradient, then denoise.
+
+    noise: `b K f c h w`, K > exit_step. Returns x_0 `b f c h w`.
+    """
+    x, times = noise[:, 0], grid.tolist()
+    with torch.no_grad():
+        for k in range(exit_step):
+            v = denoised(net, x, times[k], text, **layout)[1]
+            x = renoise(x, v, times[k], times[k + 1], noise[:, k + 1])
+    return denoised(net, x, times[exit_step], text, **layout)[0]
+
+
+def from_own_states(cfg, net, grid):
+    """make(step, which, g): denoise a state of the student's own path from noise (backward simulation on)."""
+
+    def make(step, which, g):
+        exit_step = int(torch.randint(len(grid), (), generator=g))
+        noise = noise_like(cfg, "dmd", step, (len(grid), *video_shape(cfg)), NOISE, which)
+        text = prompts_only(cfg, step, which)
+        return Made(simulated(net, noise, grid, exit_step, text), text, drawn={"exit_step": exit_step})
+
+    return make
+
+
+def dmd_on_grid(cfg, start, steps, make_from) -> Training:
+    """DMD (arXiv 2311.18828, 2405.14867; Salt Eq. 4): every time of T^(steps) is trained as a one-step generator."""
+    net, teacher, critic = triple_of_networks(cfg, start)
+    return distribution_matching(cfg, net, teacher, critic, make_from(cfg, net, schedule(steps, cfg.shift)))
+
+
+def sc_dmd(cfg, start) -> Training:
+    """Salt Eq. 10: L_DMD + lambda_sc L_SC, both on the grid of --train-grid (8) times."""
+    net, teacher, critic = triple_of_networks(cfg, start)
+    make = from_noised_clips(cfg, net, schedule(cfg.train_grid, cfg.shift), with_sc=True)
+    return distribution_matching(cfg, net, teacher, critic, make)
+
+
+def sc_dmd_gan(cfg, start) -> Training:
+    """Salt's 'Ours-alpha': SC-DMD, and a discriminator on the features of the critic's middle block (as in DMD2)."""
+    net, teacher, critic = triple_of_networks(cfg, start)
+    head = dmd.Discriminator(critic.config.dim).init_weights(cfg.seed).to(cfg.device)
+
+    def logits(x0, text, t, eps):
+        return head(critic(add_noise(x0, eps, t), t, text, until=len(critic.blocks) // 2))
+
+    def discriminate(step, which, made, t, eps):
+        real, text = clips_for(cfg, step, which)
+        loss = dmd.discriminator_loss(logits(real, text, t, eps), logits(made.x0.detach(), made.text, t, eps))
+        return {"gan": loss}
+
+    def deceive(step, made, t, eps, g):
+        return {"gan": dmd.adversarial_loss(logits(made.x0, made.text, t, eps))}
+
+    make = from_noised_clips(cfg, net, schedule(cfg.train_grid, cfg.shift), with_sc=True)
+    return distribution_matching(cfg, net, teacher, critic, make, deceive, discriminate, head)
+
+
+def scfm(cfg, start) -> Training:
+    """Shortcut flow matching (SCFM; Salt Tab. A.1): composition as the only signal, on a dense grid."""
+    weights = finished(cfg, start)
+    teacher = guide(cfg, frozen(build(cfg, weights)), cfg.guidance)
+    net, ema = build(cfg, weights), frozen(build(cfg, weights))
+
+    def loss_of(step):
+        x0, text = batch(cfg, "trajectory", step)
+        return dense_shortcut(cfg, "trajectory", step, net, ema, teacher, x0, text)
+
+    return regression(cfg, "trajectory", net, ema, loss_of, cfg.trajectory_ema)
+
+
+def dense_shortcut(cfg, kind, step, net, ema, teacher, x0, text):
+    """L_SCFM on the grid of --shortcut-grid times, with draws of their own."""
+    grid, g = schedule(cfg.shortcut_grid, cfg.shift).to(x0), draws(cfg, kind, step, NOISE, 99)
+    index, stride = sc_loss.draw_shortcut(len(x0), cfg.frames, len(grid), g)
+    eps = noise_like(cfg, kind, step, x0.shape[1:], NOISE, 99)
+    return sc_loss.shortcut_loss(net, ema, teacher, x0, text, grid, index, stride, eps)
+
+
+def dmd4_scfm(cfg, start) -> Training:
+    """The naive hybrid (Salt A.2): DMD on 4 times, shortcuts on a dense grid. Between the 4, nobody matches
+    distributions, and that is where the composed branch goes."""
+    net, teacher, critic = triple_of_networks(cfg, start)
+    guided_teacher = guide(cfg, teacher, cfg.guidance)
+
+    def shortcuts(step, made, t, eps, g):
+        x0, text = clips_for(cfg, step, 0)
+        return {"scfm": dense_shortcut(cfg, "dmd", step, net, training.nets["ema"], guided_teacher, x0, text)[0]}
+
+    make = from_noised_clips(cfg, net, schedule(4, cfg.shift))
+    training = distribution_matching(cfg, net, teacher, critic, make, shortcuts)
+    return training
+
+
+def pcm(cfg, start) -> Training:
+    """PCM (Salt Tab. 1): consistency distillation in --phases (4) phases of the --trajectory-grid."""
+    weights = finished(cfg, start)
+    teacher = guide(cfg, frozen(build(cfg, weights)), cfg.guidance)
+    net, ema = build(cfg, weights), frozen(build(cfg, weights))
+    grid, edges = schedule(cfg.trajectory_grid, cfg.shift), schedule(cfg.phases, cfg.shift)
+
+    def loss_of(step):
+        x0, text = batch(cfg, "trajectory", step)
+        eps = noise_like(cfg, "trajectory", step, x0.shape[1:])
+        index = draw_index(len(x0), cfg.frames, cfg.frames, len(grid), draws(cfg, "trajectory", step))
+        return pcm_loss(net, ema, teacher, x0, text, grid, edges, index, eps)
+
+    return regression(cfg, "trajectory", net, ema, loss_of, cfg.trajectory_ema)
+
+
+def rcm(cfg, start) -> Training:
+    """rCM (Salt Tab. 2): continuous-time consistency by JVP, and DMD on the student's own states as its regulariser.
+    Written as L_DMD + lambda_rcm L_CD."""
+    net, teacher, critic = triple_of_networks(cfg, start)
+    guided_teacher = guide(cfg, teacher, cfg.guidance)
+
+    def consistency(step, made, t, eps, g):
+        x0, text = clips_for(cfg, step, 0)
+        u = torch.rand(len(x0), 1, generator=g).expand(-1, cfg.frames)
+        loss, _ = rcm_loss(net, guided_teacher, x0, text, warp(u, cfg.shift).to(x0), eps)
+        return {"rcm": loss}
+
+    make = from_own_states(cfg, net, schedule(4, cfg.shift))
+    return distribution_matching(cfg, net, teacher, critic, make, consistency)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Autoregressive, stage 2
+
+def trajectories(cfg, stage, teacher, layout_of) -> tuple[dict, dict]:
+    """Trajectories of a teacher from noise, made once and kept in --out/STAGE_trajectories/*.safetensors.
+
+    layout_of(x0): how the teacher looks at clips x0. Returns tensors x0 `n f c h w`, states `n 5 f c h w` at the times
+    of T^(4) and 0, text `n l d`; and what they cost, seconds and bytes. What an earlier run left is used again;
+    ValueError if its settings were others.
+    """
+    folder = Path(cfg.out) / f"{stage}_trajectories"
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {k: getattr(cfg, k) for k in ("size", "seed", "frames", "chunk", "shift", "guidance", "prompt_dropout",
+                                             "trajectory_grid", "trajectory_batch", "trajectories")}
+    settings = json.loads(json.dumps(settings | {"stage": stage}))
+    shards, cost = [], {"data_seconds": 0.0, "data_bytes": 0}
+    for i in tqdm(range(-(-cfg.trajectories // cfg.trajectory_batch)), desc=f"{stage}: trajectories"):
+        path = folder / f"{i:05d}.safetensors"
+        if not path.exists():
+            start = time.time()
+            x0, text = batch(cfg, "trajectory", i)
+            noise, layout = noise_like(cfg, "trajectory", i, x0.shape[1:], CLIPS), layout_of(x0)
+
+            def velocity(x, t, text=text, layout=layout):
+                return teacher(x, torch.full(x.shape[:2], t, device=x.device), text, **layout)
+
+            grid = schedule(cfg.trajectory_grid, cfg.shift)
+            states = trajectory(velocity, noise, grid, keep=cfg.trajectory_grid // 4)
+            about = {"settings": settings, "seconds": time.time() - start}
+            write_tensors(path, {"x0": x0, "states": states, "text": text}, about)
+        tensors, about = read_tensors(path)
+        if about.get("settings") != settings:
+            raise ValueError(f"got {path} made with {about.get('settings')}, expected {settings}: change --out, or "
+                             "move the folder away")
+        shards.append(tensors)
+        cost["data_seconds"] += about["seconds"]
+        cost["data_bytes"] += path.stat().st_size
+    return {k: torch.cat([s[k] for s in shards]).to(cfg.device) for k in shards[0]}, cost
+
+
+def on_trajectories(cfg, stage, net, teacher, layout_of) -> Training:
+    """Regress net on stored trajectories (CF++ Eq. 1): a random batch of them, a random time for every chunk.
+
+    Time 0 is among them, the clean end: without loss for its own chunk, but context for those after it.
+    """
+    stored, cost = trajectories(cfg, stage, guide(cfg, teacher, cfg.guidance), layout_of)
+    times = torch.cat([schedule(4, cfg.shift), torch.zeros(1)])
+
+    def loss_of(step):
+        g = draws(cfg, "trajectory", step)
+        pick = torch.randint(len(stored["x0"]), (cfg.trajectory_batch,), generator=g)
+        x0, states, text = (stored[k][pick] for k in ("x0", "states", "text"))
+        index = draw_index(len(x0), cfg.frames, cfg.chunk, len(times), g).to(cfg.device)
+        return ode_loss(net, states, times, index, text, **{"chunk": cfg.chunk} | layout_of(x0))
+
+    ema = frozen(build(cfg, net.state_dict()))
+    return regression(cfg, "trajectory", net, ema, loss_of, cfg.trajectory_ema, cost)
+
+
+def bidirectional_ode(cfg, start) -> Training:
+    """ODE initialisation of CausVid and Self Forcing: a causal student regresses on the bidirectional teacher's ends,
+    behind a past that is as noisy as the trajectory it belongs to (diffusion forcing).
+
+    The end of a frame depends on the noise of later frames, which the student cannot see: it learns the conditional
+    mean (CF++ Sec. 3.1; tests/test_ar_world.py has the factor by which the variance shrinks).
+    """
+    weights = finished(cfg, start)
+    return on_trajectories(cfg, "bidirectional_ode", build(cfg, weights), frozen(build(cfg, weights)), lambda x0: {})
+
+
+def causal_ode(cfg, start) -> Training:
+    """Causal Forcing's stage 2 (CF++ Eq. 1): the trajectories of the autoregressive teacher behind the clean past."""
+    weights = finished(cfg, start)
+
+    def layout_of(x0):
+        return {"chunk": cfg.chunk, "clean": x0}
+
+    return on_trajectories(cfg, "causal_ode", build(cfg, weights), frozen(build(cfg, weights)), layout_of)
+
+
+def causal_dmd(cfg, start) -> Training:
+    """Causal DMD (CF++ Eq. 7): generator, teacher and critic are autoregressive and see the clean past of real clips.
+
+    Sharp first frames, then drift: it never meets its own history, and reverse KL puts all mass where an error of the
+    history hurts (CF++ Sec. 3.4).
+    """
+    net, teacher, critic = triple_of_networks(cfg, start)
+    grid = schedule(4, cfg.shift)
+
+    def make(step, which, g):
+        clean, text = clips_for(cfg, step, which)
+        layout = {"chunk": cfg.chunk, "clean": clean}
+        exit_step = int(torch.randint(len(grid), (), generator=g))
+        noise = noise_like(cfg, "dmd", step, (len(grid), *video_shape(cfg)), NOISE, which)
+        x0 = simulated(net, noise, grid, exit_step, text, **layout)
+        return Made(x0, text, layout=layout, drawn={"exit_step": exit_step})
+
+    return distribution_matching(cfg, net, teacher, critic, make)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Autoregressive, stage 3
+
+def causvid(cfg, start) -> Training:
+    """CausVid (arXiv 2412.07772): the generator denoises real clips, every chunk at its own time (diffusion forcing),
+    and the whole clip is matched. Its chunks lean on noised real pasts, never on its own."""
+    net, teacher, critic = asymmetric(cfg, start)
+    times = torch.cat([schedule(cfg.rollout_steps, cfg.shift), torch.zeros(1)]).to(cfg.device)  # 0: clean context
+
+    def make(step, which, g):
+        x0, text = clips_for(cfg, step, which)
+        t = times[draw_index(len(x0), cfg.frames, cfg.chunk, len(times), g).to(cfg.device)]
+        x_t = add_noise(x0, noise_like(cfg, "dmd", step, x0.shape[1:], NOISE, which), t)
+        return Made(to_x0(x_t, net(x_t, t, text, chunk=cfg.chunk), t), text)
+
+    return distribution_matching(cfg, net, teacher, critic, make)
+
+
+def self_rollout_dmd(cfg, start, mixed=False, with_sc=False) -> Training:
+    """Self Forcing (arXiv 2506.08009), and stage 3 of Causal Forcing and CF++: DMD on rollouts of --rollout-steps;
+    mixed: of --mixed-steps (Salt Sec. 3.3). with_sc: + lambda_sc L_SC at the largest K."""
+    net, teacher, critic = asymmetric(cfg, start)
+    lengths, probabilities = (cfg.mixed_steps, cfg.mixed_probs) if mixed else ((cfg.rollout_steps,), (1.0,))
+    return distribution_matching(cfg, net, teacher, critic, rollouts(cfg, net, lengths, probabilities, with_sc))
+
+
+def whole_clip(begin, kind, solver="cm"):
+    return Stage(begin, kind, "bidirectional", causal=False, few_step=True, solver=solver)
+
+
+def streaming(begin, kind, start):
+    return Stage(begin, kind, start, causal=True, few_step=True, solver="cm")
+
+
+BASELINES = {
+    "dmd4": whole_clip(partial(dmd_on_grid, steps=4, make_from=from_noised_clips), "dmd"),
+    "dmd8": whole_clip(partial(dmd_on_grid, steps=8, make_from=from_noised_clips), "dmd"),
+    "dmd4_backward": whole_clip(partial(dmd_on_grid, steps=4, make_from=from_own_states), "dmd"),
+    "dmd8_backward": whole_clip(partial(dmd_on_grid, steps=8, make_from=from_own_states), "dmd"),
+    "sc_dmd": whole_clip(sc_dmd, "dmd"),
+    "sc_dmd_gan": whole_clip(sc_dmd_gan, "dmd"),
+    "scfm": whole_clip(scfm, "trajectory", "euler"),
+    "dmd4_scfm": whole_clip(dmd4_scfm, "dmd"),
+    "pcm": whole_clip(pcm, "trajectory", "euler"),
+    "rcm": whole_clip(rcm, "dmd"),
+    "bidirectional_ode": streaming(bidirectional_ode, "trajectory", "bidirectional"),
+    "causal_ode": streaming(causal_ode, "trajectory", "teacher_forcing"),
+    "causal_dmd": streaming(causal_dmd, "dmd", "teacher_forcing"),
+    "causvid": streaming(causvid, "dmd", "bidirectional_ode"),
+    "self_forcing": streaming(self_rollout_dmd, "dmd", "bidirectional_ode"),
+    "causal_forcing": streaming(self_rollout_dmd, "dmd", "causal_ode"),
+    "causal_forcing_pp": streaming(self_rollout_dmd, "dmd", "causal_cd"),
+    "naive_sc": streaming(partial(self_rollout_dmd, with_sc=True), "dmd", "causal_cd"),
+    "mixed_sc": streaming(partial(self_rollout_dmd, mixed=True, with_sc=True), "dmd", "causal_cd"),
+}

@@ -1,0 +1,376 @@
+"""The stages of the recipe, each as the algorithm box of its paper, and what they share: draws, networks, updates.
+
+    stage            trains                            from              by
+    bidirectional    the teacher, sees the whole clip  scratch           flow matching
+    teacher_forcing  the autoregressive teacher        bidirectional     flow matching, clean past     CF++ Stage 1
+    causal_cd        the few-step student              teacher_forcing   causal consistency            CF++ Eq. 3
+    salt             the final student                 causal_cd         Salt Eq. 13, CF++ Stage 3
+
+A stage is a function begin(cfg, start) -> Training: the networks, their optimizers, and update(step) -> metrics. The
+loop, the files of a run and the command line are train.py's; the methods that the papers compare with are
+baselines.py's, made of the same parts. cfg is train.Config.
+
+Every random draw is a function of (seed, kind of stage, step, index in the batch), never of what was drawn before, so
+a stopped run goes on as if it had never stopped, and methods of one kind meet the same noise.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import align
+import data
+import dmd
+import sc_loss
+from causal_cd import causal_cd_loss, draw_index
+from flowmap import Guided, flow_matching_loss, schedule, warp
+from model import SIZES, CausalWan, load_weights, read_tensors
+from rollout import grids, shared_noise, stream
+
+KINDS = ("bidirectional", "teacher_forcing", "trajectory", "dmd")  # which settings a stage reads: --KIND-steps, ...
+
+
+@dataclass
+class Stage:
+    begin: Callable  # begin(cfg, start) -> Training
+    kind: str  # of KINDS
+    start: str | None  # the stage whose weights it starts from
+    causal: bool  # samples chunk by chunk
+    few_step: bool  # a student: 1, 2, 4 steps without guidance
+    solver: str  # that samples it: cm or euler
+
+
+@dataclass
+class Training:
+    nets: dict  # name -> network; "net" is the one trained for, "ema" its average
+    optimizers: dict  # name -> optimizer
+    update: Callable[[int], dict]  # step -> metrics
+    cost: dict = field(default_factory=dict)  # what was spent before the first update: data_seconds, data_bytes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random draws: functions of (what for, seed, kind, step, which of several), and for a sample of its index in the batch
+
+STEER, DROP, PROMPTS, NOISE, RENOISE, CLIPS, WORLD, EVALUATE = range(8)  # what a draw is for
+
+
+def draws(cfg, kind, step, purpose=STEER, which=0) -> torch.Generator:
+    """The generator of draws that are made once for a batch: times, K, exit step, which losses."""
+    return data.generator(purpose, cfg.seed, KINDS.index(kind), step, which)
+
+
+def noise_like(cfg, kind, step, shape, purpose=NOISE, which=0) -> Tensor:
+    """Noise `b *shape`, b the batch of this kind of stage; sample i has its own generator."""
+    key = (purpose, cfg.seed, KINDS.index(kind), step, which)
+    return data.noises(range(getattr(cfg, f"{kind}_batch")), shape, *key).to(cfg.device)
+
+
+def batch(cfg, kind, step) -> tuple[Tensor, Tensor]:
+    """Clips `b f c h w` never seen before and their text `b l d`, some of it dropped."""
+    size = getattr(cfg, f"{kind}_batch")
+    key = (CLIPS, cfg.seed, KINDS.index(kind))
+    x0, prompts = data.clips(range(step * size, (step + 1) * size), cfg.frames, *key)
+    kept = torch.rand(size, 1, 1, generator=draws(cfg, kind, step, DROP)) >= cfg.prompt_dropout
+    return x0.to(cfg.device), (data.embed(prompts) * kept).to(cfg.device)
+
+
+def prompts_only(cfg, step, which) -> Tensor:
+    """Text of random prompts: rollouts need no video."""
+    g = draws(cfg, "dmd", step, PROMPTS, which)
+    return data.embed(torch.randint(len(data.PROMPTS), (cfg.dmd_batch,), generator=g)).to(cfg.device)
+
+
+def video_shape(cfg) -> tuple:
+    return cfg.frames, SIZES[cfg.size].in_dim, data.SIZE, data.SIZE
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks, and the weights that finished stages leave in --out
+
+def path_of(cfg, stage, kind="") -> Path:
+    return Path(cfg.out) / f"{stage}{kind}.safetensors"
+
+
+def finished(cfg, stage, kind="") -> dict[str, Tensor]:
+    """The weights that a finished stage left in --out; ValueError if they are missing, damaged or another's."""
+    path = path_of(cfg, stage, kind)
+    if not path.is_file():
+        raise ValueError(f"got no file {path}, expected the checkpoint of stage {stage}: run `python train.py --stage "
+                         f"{stage} --out {cfg.out}` first, or change --out")
+    weights, about = read_tensors(path)
+    if about.get("stage") != stage or about.get("size") != cfg.size:
+        raise ValueError(f"got {path} of stage {about.get('stage')} and size {about.get('size')}, expected stage "
+                         f"{stage} and size {cfg.size}: change --out or --size")
+    return weights
+
+
+def build(cfg, weights: dict | None = None, seed=0, windowed=False) -> CausalWan:
+    """A network, with weights or to be trained from scratch. windowed: its rollouts see --window frames, --sink of
+    them the first of the clip (LongLive)."""
+    config = SIZES[cfg.size]
+    if windowed:
+        config = replace(config, window=cfg.window or None, sink=cfg.sink)
+    net = CausalWan(config).init_weights(seed)
+    if weights:
+        load_weights(net, weights, "the checkpoint")
+    return net.to(cfg.device)
+
+
+def frozen(net):
+    return net.requires_grad_(False).eval()
+
+
+def guide(cfg, net, w):
+    """The network with guidance w; itself where w is 1."""
+    return net if w == 1 else Guided(net, null_text(cfg), w)
+
+
+def null_text(cfg):
+    c = SIZES[cfg.size]
+    return torch.zeros(c.text_len, c.text_dim, device=cfg.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Updates
+
+def adamw(net, betas=(0.9, 0.95)):
+    return torch.optim.AdamW(net.parameters(), lr=0, betas=betas, weight_decay=0.01)
+
+
+def descend(cfg, net, optimizer, loss, lr, flag) -> Tensor:
+    """One step of an optimizer. Returns the gradient norm; FloatingPointError, naming the lr's flag, if not finite."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip_norm)
+    if not torch.isfinite(norm):
+        raise FloatingPointError(f"got a non-finite loss or gradient, expected a finite one: try a smaller {flag}")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    return norm
+
+
+@torch.no_grad()
+def average(ema, net, decay, step):
+    """ema <- decay ema + (1 - decay) net, with a smaller decay at first, so that the start is forgotten."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+
+
+def warm_then_decay(step, steps):
+    """Learning-rate factor: 20 steps of warm-up, constant, then linear to a tenth over the last half."""
+    return min(1, (step + 1) / 20) * min(1, 0.1 + 1.8 * (1 - step / steps))
+
+
+def regression(cfg, kind, net, ema, loss_of, decay, cost=None) -> Training:
+    """Train net on loss_of(step) -> (loss, metrics), and average it: every stage but those of DMD."""
+    optimizer, steps = adamw(net), cfg.steps_of(kind)
+
+    def update(step):
+        loss, metrics = loss_of(step)
+        lr = getattr(cfg, f"{kind}_lr") * warm_then_decay(step, steps)
+        metrics["grad_norm"] = descend(cfg, net, optimizer, loss, lr, f"--{kind}-lr".replace("_", "-"))
+        average(ema, net, decay, step)
+        return metrics
+
+    return Training({"net": net, "ema": ema}, {"net": optimizer}, update, cost or {})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The recipe
+
+def bidirectional(cfg, start) -> Training:
+    """Flow matching on whole clips."""
+    net = build(cfg, seed=cfg.seed)
+
+    def loss_of(step):
+        x0, text = batch(cfg, "bidirectional", step)
+        eps = noise_like(cfg, "bidirectional", step, x0.shape[1:])
+        u = torch.rand(len(x0), cfg.frames // cfg.chunk, generator=draws(cfg, "bidirectional", step))
+        u[::2] = u[::2, :1]  # one time for the clip, as in sampling; in the other half one per chunk, faster (ours)
+        t = warp(u.repeat_interleave(cfg.chunk, 1), cfg.train_shift).to(x0)
+        return flow_matching_loss(net, x0, text, t, eps)
+
+    return regression(cfg, "bidirectional", net, frozen(copy.deepcopy(net)), loss_of, cfg.ema)
+
+
+def teacher_forcing(cfg, start) -> Training:
+    """CF++ Stage 1: flow matching of every chunk given its clean past."""
+    net = build(cfg, finished(cfg, start))
+
+    def loss_of(step):
+        x0, text = batch(cfg, "teacher_forcing", step)
+        eps = noise_like(cfg, "teacher_forcing", step, x0.shape[1:])
+        u = torch.rand(len(x0), cfg.frames // cfg.chunk, generator=draws(cfg, "teacher_forcing", step))
+        t = warp(u.repeat_interleave(cfg.chunk, 1), cfg.train_shift).to(x0)
+        return flow_matching_loss(net, x0, text, t, eps, chunk=cfg.chunk, clean=x0)
+
+    return regression(cfg, "teacher_forcing", net, frozen(copy.deepcopy(net)), loss_of, cfg.ema)
+
+
+def causal_cd(cfg, start) -> Training:
+    """CF++ Stage 2, Eq. 3: consistency along the ODE of the autoregressive teacher, the net it starts from."""
+    weights = finished(cfg, start)
+    teacher = guide(cfg, frozen(build(cfg, weights)), cfg.guidance)
+    net, ema = build(cfg, weights), frozen(build(cfg, weights))
+    grid = schedule(cfg.trajectory_grid, cfg.shift)
+
+    def loss_of(step):
+        x0, text = batch(cfg, "trajectory", step)
+        eps = noise_like(cfg, "trajectory", step, x0.shape[1:])
+        index = draw_index(len(x0), cfg.frames, cfg.chunk, len(grid), draws(cfg, "trajectory", step))
+        return causal_cd_loss(net, ema, teacher, x0, text, grid, index, eps, cfg.chunk)
+
+    return regression(cfg, "trajectory", net, ema, loss_of, cfg.trajectory_ema)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Distribution matching on self-rollouts, and Salt
+
+@dataclass
+class Made:
+    """What a generator made for one update: clips x0 `b f c h w` (with gradient) and their text."""
+
+    x0: Tensor
+    text: Tensor
+    terms: dict = field(default_factory=dict)  # further losses; "sc" is added with weight --lambda-sc
+    layout: dict = field(default_factory=dict)  # how the score models look at the clips; nothing: whole, bidirectional
+    drawn: dict = field(default_factory=dict)  # whole numbers worth logging: K, exit_step
+    noise: Tensor | None = None
+
+
+def no_terms(*_):
+    return {}
+
+
+def distribution_matching(cfg, net, teacher, critic, make, more_terms=no_terms, critic_terms=no_terms,
+                          head=None) -> Training:
+    """The round of every DMD method (Salt Eq. 4, 10, 13; CF++ Eq. 6, 7): `critic_steps` times the critic learns what
+    the generator makes, then the generator takes one step against the difference of the scores.
+
+    make(step, which, g) -> Made: which = 0 for the generator's step, 1, 2, ... for the critic's (without gradient); g
+    for draws that are made once for the batch. more_terms(step, made, t, eps, g): further losses, by name, of the
+    generator at the time and with the noise at which the scores are compared; critic_terms(step, which, made, t, eps):
+    of the critic, and of the head on its features where there is one. A term NAME has the weight --lambda-NAME.
+    """
+    ema = frozen(copy.deepcopy(net))
+    trained = torch.nn.ModuleList([critic] if head is None else [critic, head])
+    optimizer, critic_optimizer = adamw(net, (0.0, 0.999)), adamw(trained, (0.0, 0.999))
+    real, updates = guide(cfg, teacher, cfg.score_guidance), cfg.steps_of("dmd")
+
+    def weighted(loss, terms):
+        return loss + sum(getattr(cfg, f"lambda_{name}") * term for name, term in terms.items())
+
+    def renoising(x0, step, which, g):
+        t = dmd.score_times(len(x0), cfg.frames, cfg.score_shift, g).to(cfg.device)
+        return t, noise_like(cfg, "dmd", step, x0.shape[1:], RENOISE, which)
+
+    def update(step):
+        decay = warm_then_decay(step, updates)
+        for which in range(1, 1 + cfg.critic_steps):
+            g = draws(cfg, "dmd", step, STEER, which)
+            with torch.no_grad():
+                made = make(step, which, g)
+            t, eps = renoising(made.x0, step, which, g)
+            loss, critic_metrics = dmd.critic_loss(critic, made.x0, made.text, t, eps, **made.layout)
+            loss = weighted(loss, critic_terms(step, which, made, t, eps))
+            critic_norm = descend(cfg, trained, critic_optimizer, loss, cfg.critic_lr * decay, "--critic-lr")
+
+        g = draws(cfg, "dmd", step)
+        made = make(step, 0, g)
+        t, eps = renoising(made.x0, step, 0, g)
+        loss, metrics = dmd.dmd_loss(made.x0, made.text, critic, real, t, eps, **made.layout)
+        terms = made.terms | more_terms(step, made, t, eps, g)
+        loss = weighted(loss, terms)
+        metrics |= critic_metrics | terms | made.drawn | {"critic_grad_norm": critic_norm}
+        metrics["grad_norm"] = descend(cfg, net, optimizer, loss, cfg.dmd_lr * decay, "--dmd-lr")
+        average(ema, net, cfg.dmd_ema, step)
+        return metrics | {"generator_updates": step + 1, "critic_updates": (step + 1) * cfg.critic_steps}
+
+    nets = {"net": net, "ema": ema, "critic": critic} | ({} if head is None else {"head": head})
+    return Training(nets, {"net": optimizer, "critic": critic_optimizer}, update)
+
+
+def self_rollout(cfg, net, text, noise, steps, exit_step, triple=None) -> tuple[Tensor, list[Tensor]]:
+    """Roll out a clip; with a triple (tm, te), also the self-consistency loss of every chunk. noise: `b K f c h w`."""
+    grid, first_grid = grids(steps, cfg.shift, cfg.first_steps)
+    x0, sc = [], []
+    for chunk in stream(net, shared_noise(noise, cfg.chunk, steps, len(first_grid)), text, grid,
+                        chunks=cfg.frames // cfg.chunk, first_grid=first_grid, exit_step=exit_step):
+        x0.append(chunk.x0)
+        if triple:
+            def velocity(x, t, past=chunk.cache):
+                return net(x, torch.full(x.shape[:2], t, device=x.device), text, cache=past)
+            sc.append(sc_loss.sc_loss(velocity, chunk.x_t, chunk.v, chunk.t, *triple, cfg.sc_through)[0])
+    return torch.cat(x0, dim=1), sc
+
+
+def rollouts(cfg, net, lengths, probabilities, with_sc: bool) -> Callable:
+    """make(step, which, g) of methods that learn on their own rollouts (Self Forcing), of K = one of `lengths`.
+
+    with_sc adds L_SC at the largest K (Salt Eq. 13), where the exit step leaves room for a triple of Eq. 9: T_train is
+    the grid of the largest K, all of it supervised by DMD, T^(K) that of half as many steps.
+    """
+    longest = max(lengths)
+    densest = max(longest, cfg.first_steps)
+    train_grid, infer_grid = schedule(longest, cfg.shift), schedule(max(1, longest // 2), cfg.shift)
+
+    def make(step, which, g):
+        k = lengths[int(torch.multinomial(torch.tensor(probabilities), 1, generator=g))]
+        exit_step = int(torch.randint(k, (), generator=g))
+        triple = None
+        if which == 0 and with_sc and k == longest and cfg.lambda_sc > 0:
+            triple = sc_loss.draw_triple(train_grid[exit_step].item(), train_grid, infer_grid, g)
+        text = prompts_only(cfg, step, which)
+        noise = noise_like(cfg, "dmd", step, (densest, *video_shape(cfg)), NOISE, which)
+        x0, sc = self_rollout(cfg, net, text, noise, k, exit_step, triple)
+        terms = {"sc": torch.stack(sc).mean()} if sc else {}
+        return Made(x0, text, terms, drawn={"K": k, "exit_step": exit_step}, noise=noise)
+
+    return make
+
+
+def asymmetric(cfg, start) -> tuple:
+    """Networks of asymmetric DMD (CF++ Stage 3): a causal student; a bidirectional teacher, and a critic like it."""
+    weights = finished(cfg, "bidirectional")
+    return build(cfg, finished(cfg, start), windowed=True), frozen(build(cfg, weights)), build(cfg, weights)
+
+
+def salt(cfg, start) -> Training:
+    """Salt's autoregressive training: asymmetric DMD on rollouts of the student, of K = 2, 4 or 8 steps (Salt Eq. 13),
+
+        min L_DMD + lambda_sc L_SC 1[K = 8] + lambda_align L_align 1[K in {2, 4}]
+
+    L_align after a warm-up, in a random share of the updates, at the time and with the noise at which DMD compares its
+    scores.
+    """
+    net, teacher, critic = asymmetric(cfg, start)
+    looker = teacher if cfg.align_features == "teacher" else critic
+
+    def features(x_t, t, text):
+        return looker(x_t, t, text, until=round(cfg.align_depth * len(looker.blocks)))
+
+    def alignment(step, made, t, eps, g):
+        chosen = torch.rand((), generator=g) < cfg.align_prob
+        warm = step >= cfg.align_warmup * cfg.steps_of("dmd")
+        k, exit_step = made.drawn["K"], made.drawn["exit_step"]
+        if k == max(cfg.mixed_steps) or not (chosen and warm and cfg.lambda_align > 0):
+            return {}
+        with torch.no_grad():  # the next denser schedule, from the same noise, at the same fraction of its steps
+            x_ref, _ = self_rollout(cfg, net, made.text, made.noise, 2 * k, 2 * exit_step + 1)
+        return {"align": align.align_loss(features, made.x0, x_ref, made.text, t, eps, cfg.align_margin)[0]}
+
+    make = rollouts(cfg, net, cfg.mixed_steps, cfg.mixed_probs, with_sc=True)
+    return distribution_matching(cfg, net, teacher, critic, make, more_terms=alignment)
+
+
+RECIPE = {
+    "bidirectional": Stage(bidirectional, "bidirectional", None, causal=False, few_step=False, solver="euler"),
+    "teacher_forcing": Stage(teacher_forcing, "teacher_forcing", "bidirectional", True, False, "euler"),
+    "causal_cd": Stage(causal_cd, "trajectory", "teacher_forcing", True, True, "cm"),
+    "salt": Stage(salt, "dmd", "causal_cd", True, True, "cm"),
+}
