@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flowmap import add_noise, euler, like, to_x0
+from flowmap import add_noise, euler, like, squared_error, to_x0
 
 
 def causal_cd_loss(student, ema, teacher, x0: Tensor, text: Tensor, grid: Tensor, index: Tensor, eps: Tensor,
@@ -52,7 +52,7 @@ def causal_cd_loss(student, ema, teacher, x0: Tensor, text: Tensor, grid: Tensor
         x_s = euler(x_t, teacher(x_t, t, text, chunk=chunk, clean=x0), t, s)
         target = to_x0(x_s, ema(x_s, s, text, chunk=chunk, clean=x0), s)
     prediction = to_x0(x_t, student(x_t, t, text, chunk=chunk, clean=x0), t)
-    loss = (prediction.float() - target.float()).square().mean()
+    loss = squared_error(prediction, target)
     return loss, {"consistency": loss.detach()}
 
 
@@ -87,7 +87,7 @@ def ode_loss(student, states: Tensor, times: Tensor, index: Tensor, text: Tensor
     """
     t = times.to(states.device)[index]
     x_t = states.gather(1, index[:, None, :, None, None, None].expand_as(states[:, :1]))[:, 0]
-    loss = (to_x0(x_t, student(x_t, t, text, **layout), t).float() - states[:, -1].float()).square().mean()
+    loss = squared_error(to_x0(x_t, student(x_t, t, text, **layout), t), states[:, -1])
     return loss, {"ode": loss.detach()}
 
 
@@ -114,7 +114,7 @@ def pcm_loss(student, ema, teacher, x0: Tensor, text: Tensor, grid: Tensor, edge
         x_s = euler(x_t, teacher(x_t, t, text), t, s)
         target = euler(x_s, ema(x_s, s, text), s, e)
     prediction = euler(x_t, student(x_t, t, text), t, e)
-    loss = (prediction.float() - target.float()).square().mean()
+    loss = squared_error(prediction, target)
     return loss, {"consistency": loss.detach()}
 
 
@@ -135,5 +135,5 @@ def rcm_loss(student, teacher, x0: Tensor, text: Tensor, t: Tensor, eps: Tensor)
         tangent = drift - v - like(t, x_t) * dv
         size = tangent.square().flatten(1).mean(1).sqrt()
         target = v + tangent / (like(size, x_t) + 0.1)
-    loss = (student(x_t, t, text).float() - target.float()).square().mean()
+    loss = squared_error(student(x_t, t, text), target)
     return loss, {"tangent": size.mean()}

@@ -89,6 +89,12 @@ class Guided:
         self.net.append(cache, torch.cat([x0, x0]), self.both(text))
 
 
+def squared_error(a: Tensor, b: Tensor) -> Tensor:
+    """Mean of (a - b)^2, in float32 or better."""
+    a, b = (x if x.dtype == torch.float64 else x.float() for x in (a, b))
+    return (a - b).square().mean()
+
+
 def flow_matching_loss(net, x0: Tensor, text: Tensor, t: Tensor, eps: Tensor, **layout) -> tuple[Tensor, dict]:
     """E || v(x_t, t) - (eps - x_0) ||^2: the loss of every diffusion model here.
 
@@ -96,7 +102,7 @@ def flow_matching_loss(net, x0: Tensor, text: Tensor, t: Tensor, eps: Tensor, **
     generated clips. x0, eps: `b f c h w`; t: `b f`. Gradient flows into net only (x0 is data).
     """
     v = net(add_noise(x0, eps, t), t, text, **layout)
-    loss = (v.float() - (eps - x0).float()).square().mean()
+    loss = squared_error(v, eps - x0)
     return loss, {"flow_matching": loss.detach()}
 
 

@@ -26,7 +26,7 @@ Left open by the paper
 import torch
 from torch import Tensor
 
-from flowmap import add_noise, euler
+from flowmap import add_noise, euler, squared_error
 
 
 def triple_ends(ts: float, train_grid: Tensor, infer_grid: Tensor) -> list[float]:
@@ -70,7 +70,7 @@ def sc_loss(velocity, x_ts: Tensor, v_ts: Tensor, ts, tm, te, through: str = "bo
         composed = composed.detach()
     if through == "composed":
         direct = direct.detach()
-    loss = (direct.float() - composed.float()).square().mean()
+    loss = squared_error(direct, composed)
     return loss, {"sc": loss.detach()}
 
 
@@ -125,7 +125,7 @@ def shortcut_loss(student, ema, teacher, x0: Tensor, text: Tensor, grid: Tensor,
             x_m = euler(x_t, first, t, m)
             half = ((t - m) / (t - s))[..., None, None, None]
             target = half * first + (1 - half) * ema(x_m, m, text)
-    loss = (student(x_t, t, text).float() - target.float()).square().mean()
+    loss = squared_error(student(x_t, t, text), target)
     return loss, {"shortcut": loss.detach()}
 
 
