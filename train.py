@@ -24,6 +24,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -358,9 +359,15 @@ def evaluation_set(cfg, clips):
     return real.to(cfg.device), prompts, noise.to(cfg.device)
 
 
+@lru_cache(maxsize=2)
+def world_motion(frames: int) -> tuple[Tensor, Tensor]:
+    """Speeds and turns of the world, what those of generated clips are compared with."""
+    return data.motion(data.tracks(range(4096), frames, WORLD)[0])
+
+
 def row(cfg, stage, weights, steps, nfe, x, prompts, sample_seconds, about) -> dict:
-    world = data.motion(data.tracks(range(4096), cfg.frames, WORLD)[0])
-    return {"stage": stage, "weights": weights, "steps": steps, "nfe": nfe, **data.measure(x, prompts, world),
+    measured = data.measure(x, prompts, world_motion(cfg.frames))
+    return {"stage": stage, "weights": weights, "steps": steps, "nfe": nfe, **measured,
             "sample_seconds": sample_seconds, "train_seconds": about.get("seconds", 0), "saved": about.get("saved"),
             "data_seconds": about.get("data_seconds", 0), "data_bytes": about.get("data_bytes", 0),
             "clips": cfg.eval_clips, "eval_seed": cfg.eval_seed, "teacher_eval_steps": cfg.teacher_eval_steps}

@@ -21,7 +21,7 @@ def at(t):
     return torch.full((len(Z), 1), t, dtype=torch.float64)
 
 
-# -- Salt Eq. 1-3, 5: velocity, flow map, semigroup, Euler --------------------------------------------------------------
+# -- Salt Eq. 1-3, 5: velocity, flow map, semigroup, Euler ------------------------------------------------------------
 
 @pytest.mark.parametrize("t", TIMES)
 def test_flow_matching_is_least_at_the_exact_velocity(t):
@@ -62,7 +62,7 @@ def test_euler_has_order_one(shift):
     assert ((slopes > 0.9) & (slopes < 1.1)).all(), slopes
 
 
-# -- Salt Eq. 4, CF++ Eq. 6: the DMD gradient ---------------------------------------------------------------------------
+# -- Salt Eq. 4, CF++ Eq. 6: the DMD gradient -------------------------------------------------------------------------
 
 def generated(mean, factor):
     return video(mean + Z @ factor.T)
@@ -80,9 +80,9 @@ def exact_critic(mean, factor):
 
 @pytest.mark.parametrize("t", TIMES)
 def test_dmd_gradient_is_the_gradient_of_the_kl(t):
-    """Bug: a sign, a factor of t, s_real in place of s_fake, dx_t/dx_0 forgotten. For a Gaussian generator the mean over
-    sigma points is the expectation, so Eq. 4 must equal the analytic gradient of KL(p_fake,t || p_real,t), by the mean
-    and by the factor, to machine precision."""
+    """Bug: a sign, a factor of t, s_real in place of s_fake, dx_t/dx_0 forgotten. For a Gaussian generator the mean
+    over sigma points is the expectation, so Eq. 4 must equal the analytic gradient of KL(p_fake,t || p_real,t), by the
+    mean and by the factor, to machine precision."""
     mean, factor = start()
     x0, critic = generated(mean, factor), exact_critic(mean, factor)
     loss, _ = dmd_loss(x0, None, critic.net, DATA.net, at(t), video(EPS), exact=True)
@@ -116,7 +116,8 @@ def matched(mean, factor):
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_following_dmd_with_an_exact_critic_reaches_the_teacher(exact):
-    """Bug: a gradient that vanishes elsewhere than at the teacher's Gaussian, with Eq. 4's weights or the normaliser."""
+    """Bug: a gradient that vanishes elsewhere than at the teacher's Gaussian, with Eq. 4's weights or the
+    normaliser."""
     mean, factor = start()
     optimizer = torch.optim.SGD([mean, factor], lr=0.05)
     for step in range(800):
@@ -162,7 +163,7 @@ def test_score_times_are_warped_uniform_without_a_heap_at_the_end(shift):
     assert (u - torch.linspace(low, high, len(u), dtype=torch.float64)).abs().max() < 1.63 / len(u) ** 0.5  # KS, 1 %
 
 
-# -- Salt Eq. 6-8, 14-16: the semigroup defect --------------------------------------------------------------------------
+# -- Salt Eq. 6-8, 14-16: the semigroup defect ------------------------------------------------------------------------
 
 def test_straight_flow_has_no_defect_and_a_curved_one_the_defect_computed_by_hand():
     """Bug: composed endpoint from the wrong state or time (Salt Eq. 6-8, 14-16). In one dimension without mean v = V_t

@@ -30,6 +30,14 @@ def video(x):
     return (x[:, None] if x.ndim == 2 else x)[..., None, None]
 
 
+def least(loss, shape):
+    """The minimum of a quadratic function of a tensor of this shape: one Newton step from 0."""
+    zero = torch.zeros(shape, dtype=torch.float64)
+    gradient = torch.autograd.functional.jacobian(loss, zero).flatten()
+    curvature = torch.autograd.functional.hessian(loss, zero).reshape(zero.numel(), zero.numel())
+    return -(torch.linalg.pinv(curvature, hermitian=True, rtol=1e-13) @ gradient).reshape(shape)
+
+
 class Gaussian:
     """Data N(m, S). x: `... d`; t, s: floats."""
 
@@ -157,23 +165,19 @@ class WindowWorld:
 
 
 class Mixture:
-    """Bumps N(m_k, width^2) with weights, on the line. x: any shape; t a float."""
+    """Bumps N(m_k, width^2) with weights, on the line. One bump is a Gaussian. x: any shape; t > 0: like x, or one."""
 
     def __init__(self, means, width, weights):
-        self.means, self.width = torch.tensor(means, dtype=torch.float64), width
-        self.weights = torch.tensor(weights, dtype=torch.float64)
-
-    def score(self, x, t):
-        means, var = (1 - t) * self.means, (1 - t) ** 2 * self.width**2 + t**2
-        share = (self.weights.log() - (x[..., None] - means) ** 2 / (2 * var)).softmax(-1)
-        return (share * (means - x[..., None])).sum(-1) / var
+        self.means, self.width = torch.as_tensor(means, dtype=torch.float64), width
+        self.weights = torch.as_tensor(weights, dtype=torch.float64)
 
     def velocity(self, x, t):
-        """v = eps - x_0 with eps = -t score and x_0 = (x + t^2 score) / (1 - t); at t = 1, x_0 is the mean."""
-        if t == 1:
-            return x - (self.weights * self.means).sum()
-        eps = -t * self.score(x, t)
-        return eps - (x - t * eps) / (1 - t)
+        """v = (x - x_0) / t, with x_0 = E[x_0 | x]: the posterior mean of each bump, weighted by its share."""
+        t = torch.as_tensor(t, dtype=torch.float64)[..., None]
+        gap, var = x[..., None] - (1 - t) * self.means, (1 - t) ** 2 * self.width**2 + t**2
+        share = (self.weights.log() - gap**2 / (2 * var)).softmax(-1)
+        x0 = (share * (self.means + (1 - t) * self.width**2 / var * gap)).sum(-1)
+        return (x - x0) / t[..., 0]
 
-    def net(self, x, t, text=None):
-        return torch.stack([self.velocity(clip, time.item()) for clip, time in zip(x, t[:, 0])])
+    def net(self, x, t, text=None, **layout):
+        return self.velocity(x, t[..., None, None, None])
