@@ -177,7 +177,7 @@ def scfm(cfg, start) -> Training:
 
 def dense_shortcut(cfg, kind, step, net, ema, teacher, x0, text):
     """L_SCFM on the grid of --shortcut-grid times, with draws of their own."""
-    grid, g = schedule(cfg.shortcut_grid, cfg.shift).to(x0), draws(cfg, kind, step, NOISE, 99)
+    grid, g = schedule(cfg.shortcut_grid, cfg.shift), draws(cfg, kind, step, NOISE, 99)
     index, stride = sc_loss.draw_shortcut(len(x0), cfg.frames, len(grid), g)
     eps = noise_like(cfg, kind, step, x0.shape[1:], NOISE, 99)
     return sc_loss.shortcut_loss(net, ema, teacher, x0, text, grid, index, stride, eps)
@@ -223,7 +223,7 @@ def rcm(cfg, start) -> Training:
     def consistency(step, made, t, eps, g):
         x0, text = clips_for(cfg, step, 0)
         u = torch.rand(len(x0), 1, generator=g).expand(-1, cfg.frames)
-        loss, _ = rcm_loss(net, guided_teacher, x0, text, warp(u, cfg.shift).to(x0), eps)
+        loss, _ = rcm_loss(net, guided_teacher, x0, text, warp(u, cfg.shift).to(x0.device), eps)
         return {"rcm": loss}
 
     make = from_own_states(cfg, net, schedule(4, cfg.shift))

@@ -192,7 +192,7 @@ def bidirectional(cfg, start) -> Training:
         eps = noise_like(cfg, "bidirectional", step, x0.shape[1:])
         u = torch.rand(len(x0), cfg.frames // cfg.chunk, generator=draws(cfg, "bidirectional", step))
         u[::2] = u[::2, :1]  # one time for the clip, as in sampling; in the other half one per chunk, faster (ours)
-        t = warp(u.repeat_interleave(cfg.chunk, 1), cfg.train_shift).to(x0)
+        t = warp(u.repeat_interleave(cfg.chunk, 1), cfg.train_shift).to(x0.device)
         return flow_matching_loss(net, x0, text, t, eps)
 
     return regression(cfg, "bidirectional", net, frozen(copy.deepcopy(net)), loss_of, cfg.ema)
@@ -206,7 +206,7 @@ def teacher_forcing(cfg, start) -> Training:
         x0, text = batch(cfg, "teacher_forcing", step)
         eps = noise_like(cfg, "teacher_forcing", step, x0.shape[1:])
         u = torch.rand(len(x0), cfg.frames // cfg.chunk, generator=draws(cfg, "teacher_forcing", step))
-        t = warp(u.repeat_interleave(cfg.chunk, 1), cfg.train_shift).to(x0)
+        t = warp(u.repeat_interleave(cfg.chunk, 1), cfg.train_shift).to(x0.device)
         return flow_matching_loss(net, x0, text, t, eps, chunk=cfg.chunk, clean=x0)
 
     return regression(cfg, "teacher_forcing", net, frozen(copy.deepcopy(net)), loss_of, cfg.ema)

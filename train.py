@@ -36,6 +36,7 @@ from baselines import BASELINES
 from flowmap import Guided, sample, schedule
 from model import about_of, load_weights, read_tensors, write_tensors
 from rollout import stream
+from sc_loss import path_defects
 from stages import (
     EVALUATE,
     KINDS,
@@ -365,27 +366,42 @@ def world_motion(frames: int) -> tuple[Tensor, Tensor]:
     return data.motion(data.tracks(range(4096), frames, WORLD)[0])
 
 
-def row(cfg, stage, weights, steps, nfe, x, prompts, sample_seconds, about) -> dict:
+def row(cfg, stage, weights, steps, nfe, x, prompts, sample_seconds, about, defect=0.0) -> dict:
     measured = data.measure(x, prompts, world_motion(cfg.frames))
     return {"stage": stage, "weights": weights, "steps": steps, "nfe": nfe, **measured,
+            "defect": defect,
             "sample_seconds": sample_seconds, "train_seconds": about.get("seconds", 0), "saved": about.get("saved"),
             "data_seconds": about.get("data_seconds", 0), "data_bytes": about.get("data_bytes", 0),
             "clips": cfg.eval_clips, "eval_seed": cfg.eval_seed, "teacher_eval_steps": cfg.teacher_eval_steps}
 
 
+@torch.no_grad()
+def composition(cfg, stage, net, real, prompts, noise) -> float:
+    """Mean semigroup defect along the 4-step path (Salt Eq. 14-16, A.1), behind the clean past where there is one."""
+    text = data.embed(prompts).to(cfg.device)
+    layout = {"chunk": cfg.chunk, "clean": real} if STAGES[stage].causal else {}
+
+    def velocity(x, t):
+        return net(x, torch.full(x.shape[:2], t, device=x.device), text, **layout)
+
+    defects = path_defects(velocity, noise[:, 0], schedule(4, cfg.shift), schedule(8, cfg.shift))
+    return sum(defects) / len(defects)
+
+
 def evaluate(cfg, stage) -> list[dict]:
     """Table rows of a finished stage: EMA and raw weights at 1, 2 and 4 steps, teachers also at their full number."""
     cfg, how = as_trained(cfg, stage), STAGES[stage]
-    _, prompts, noise = evaluation_set(cfg, cfg.eval_clips)
+    real, prompts, noise = evaluation_set(cfg, cfg.eval_clips)
     about, rows = about_of(path_of(cfg, stage)), []
     for weights, kind in (("ema", ""), ("raw", "_raw")):
         net = frozen(build(cfg, finished(cfg, stage, kind), windowed=how.few_step and how.kind == "dmd"))
+        defect = composition(cfg, stage, net, real[:256], prompts[:256], noise[:256])
         for steps in steps_shown(cfg, stage):
             start = time.time()
             parts = zip(prompts.split(256), noise.split(256))
             x = torch.cat([generate(cfg, stage, net, steps, p, z) for p, z in parts])
             nfe = steps if how.few_step else 2 * steps  # guidance runs the network twice
-            rows.append(row(cfg, stage, weights, steps, nfe, x, prompts, time.time() - start, about))
+            rows.append(row(cfg, stage, weights, steps, nfe, x, prompts, time.time() - start, about, defect))
             if weights == "raw" and not how.few_step:
                 break
     return rows
@@ -402,7 +418,7 @@ def known_rows(cfg, stage) -> list[dict]:
     path, saved = table_path(cfg), about_of(path_of(cfg, stage))["saved"]
     rows = json.loads(path.read_text()) if path.exists() else []
     same = {"stage": stage, "saved": saved, "clips": cfg.eval_clips, "teacher_eval_steps": cfg.teacher_eval_steps}
-    return [r for r in rows if all(r[k] == v for k, v in same.items())]
+    return [r for r in rows if all(r[k] == v for k, v in same.items()) and "defect" in r]
 
 
 def table_path(cfg) -> Path:
@@ -412,12 +428,13 @@ def table_path(cfg) -> Path:
 def print_rows(rows, header=True):
     if header:
         print(f"{'stage':<16} {'weights':<7} {'steps':>5} {'NFE':>4} | {'quality':>8} {'frame 3':>8} {'last':>8} "
-              f"{'drift':>6} {'semantic':>8} {'dynamics':>8} {'distance':>8} | {'sample s':>8} {'train s':>8}")
+              f"{'drift':>6} {'semantic':>8} {'dynamics':>8} {'distance':>8} {'defect':>7} | {'sample s':>8} "
+              f"{'train s':>8}")
     for r in rows:
         q, semantic = r["quality_by_frame"], 100 * r["semantic"]
         print(f"{r['stage']:<16} {r['weights']:<7} {r['steps']:>5} {r['nfe']:>4} | {r['quality']:>8.4f} {q[2]:>8.4f} "
-              f"{q[-1]:>8.4f} {r['drift']:>6.2f} {semantic:>7.1f}% {r['dynamics']:>8.2f} {r['distance']:>8.3f} | "
-              f"{r['sample_seconds']:>8.1f} {r['train_seconds']:>8.0f}")
+              f"{q[-1]:>8.4f} {r['drift']:>6.2f} {semantic:>7.1f}% {r['dynamics']:>8.2f} {r['distance']:>8.3f} "
+              f"{r['defect']:>7.4f} | {r['sample_seconds']:>8.1f} {r['train_seconds']:>8.0f}")
     sys.stdout.flush()
 
 
