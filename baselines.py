@@ -43,6 +43,8 @@ from model import read_tensors, write_tensors
 from stages import (
     CLIPS,
     NOISE,
+    SHORTCUT,
+    TRIPLE,
     Made,
     Stage,
     Training,
@@ -64,10 +66,10 @@ from stages import (
 # ---------------------------------------------------------------------------------------------------------------------
 # Not autoregressive: the student is bidirectional and makes the whole clip at once
 
-def triple_of_networks(cfg, start):
-    """Student, teacher and critic, all bidirectional and all with the same weights."""
-    weights = finished(cfg, start)
-    return build(cfg, weights, windowed=True), frozen(build(cfg, weights)), build(cfg, weights)
+def alike(cfg, start, teacher):
+    """Student (from stage start), teacher and critic (both from stage teacher), all of one layout."""
+    weights = finished(cfg, teacher)
+    return build(cfg, finished(cfg, start)), frozen(build(cfg, weights)), build(cfg, weights)
 
 
 def clips_for(cfg, step, which):
@@ -94,11 +96,13 @@ def from_noised_clips(cfg, net, grid, with_sc=False):
         ts, terms = grid[k].item(), {}
         x_t = add_noise(x0, noise_like(cfg, "dmd", step, x0.shape[1:], NOISE, which), ts)
         x0_made, v = denoised(net, x_t, ts, text)
-        triple = sc_loss.draw_triple(ts, grid, infer_grid, g) if with_sc and which == 0 else None
-        if triple:
+        tm_te = None
+        if with_sc and which == 0 and cfg.lambda_sc > 0:
+            tm_te = sc_loss.draw_triple(ts, grid, infer_grid, draws(cfg, "dmd", step, TRIPLE))
+        if tm_te:
             def velocity(x, t):
                 return denoised(net, x, t, text)[1]
-            terms["sc"] = sc_loss.sc_loss(velocity, x_t, v, ts, *triple, cfg.sc_through)[0]
+            terms["sc"] = sc_loss.sc_loss(velocity, x_t, v, ts, *tm_te, cfg.sc_through)[0]
         return Made(x0_made, text, terms, drawn={"exit_step": k})
 
     return make
@@ -131,20 +135,20 @@ def from_own_states(cfg, net, grid):
 
 def dmd_on_grid(cfg, start, steps, make_from) -> Training:
     """DMD (arXiv 2311.18828, 2405.14867; Salt Eq. 4): every time of T^(steps) is trained as a one-step generator."""
-    net, teacher, critic = triple_of_networks(cfg, start)
+    net, teacher, critic = alike(cfg, start, "bidirectional")
     return distribution_matching(cfg, net, teacher, critic, make_from(cfg, net, schedule(steps, cfg.shift)))
 
 
 def sc_dmd(cfg, start) -> Training:
     """Salt Eq. 10: L_DMD + lambda_sc L_SC, both on the grid of --train-grid (8) times."""
-    net, teacher, critic = triple_of_networks(cfg, start)
+    net, teacher, critic = alike(cfg, start, "bidirectional")
     make = from_noised_clips(cfg, net, schedule(cfg.train_grid, cfg.shift), with_sc=True)
     return distribution_matching(cfg, net, teacher, critic, make)
 
 
 def sc_dmd_gan(cfg, start) -> Training:
     """Salt's 'Ours-alpha': SC-DMD, and a discriminator on the features of the critic's middle block (as in DMD2)."""
-    net, teacher, critic = triple_of_networks(cfg, start)
+    net, teacher, critic = alike(cfg, start, "bidirectional")
     head = dmd.Discriminator(critic.config.dim).init_weights(cfg.seed).to(cfg.device)
 
     def logits(x0, text, t, eps):
@@ -177,25 +181,24 @@ def scfm(cfg, start) -> Training:
 
 def dense_shortcut(cfg, kind, step, net, ema, teacher, x0, text):
     """L_SCFM on the grid of --shortcut-grid times, with draws of their own."""
-    grid, g = schedule(cfg.shortcut_grid, cfg.shift), draws(cfg, kind, step, NOISE, 99)
+    grid, g = schedule(cfg.shortcut_grid, cfg.shift), draws(cfg, kind, step, SHORTCUT)
     index, stride = sc_loss.draw_shortcut(len(x0), cfg.frames, len(grid), g)
-    eps = noise_like(cfg, kind, step, x0.shape[1:], NOISE, 99)
+    eps = noise_like(cfg, kind, step, x0.shape[1:], SHORTCUT)
     return sc_loss.shortcut_loss(net, ema, teacher, x0, text, grid, index, stride, eps)
 
 
 def dmd4_scfm(cfg, start) -> Training:
     """The naive hybrid (Salt A.2): DMD on 4 times, shortcuts on a dense grid. Between the 4, nobody matches
     distributions, and that is where the composed branch goes."""
-    net, teacher, critic = triple_of_networks(cfg, start)
-    guided_teacher = guide(cfg, teacher, cfg.guidance)
+    net, teacher, critic = alike(cfg, start, "bidirectional")
+    real, ema = guide(cfg, teacher, cfg.score_guidance), frozen(build(cfg, net.state_dict()))
 
     def shortcuts(step, made, t, eps, g):
         x0, text = clips_for(cfg, step, 0)
-        return {"scfm": dense_shortcut(cfg, "dmd", step, net, training.nets["ema"], guided_teacher, x0, text)[0]}
+        return {"scfm": dense_shortcut(cfg, "dmd", step, net, ema, real, x0, text)[0]}
 
     make = from_noised_clips(cfg, net, schedule(4, cfg.shift))
-    training = distribution_matching(cfg, net, teacher, critic, make, shortcuts)
-    return training
+    return distribution_matching(cfg, net, teacher, critic, make, shortcuts, ema=ema)
 
 
 def pcm(cfg, start) -> Training:
@@ -217,13 +220,13 @@ def pcm(cfg, start) -> Training:
 def rcm(cfg, start) -> Training:
     """rCM (Salt Tab. 2): continuous-time consistency by JVP, and DMD on the student's own states as its regulariser.
     Written as L_DMD + lambda_rcm L_CD."""
-    net, teacher, critic = triple_of_networks(cfg, start)
-    guided_teacher = guide(cfg, teacher, cfg.guidance)
+    net, teacher, critic = alike(cfg, start, "bidirectional")
+    real = guide(cfg, teacher, cfg.score_guidance)
 
     def consistency(step, made, t, eps, g):
         x0, text = clips_for(cfg, step, 0)
         u = torch.rand(len(x0), 1, generator=g).expand(-1, cfg.frames)
-        loss, _ = rcm_loss(net, guided_teacher, x0, text, warp(u, cfg.shift).to(x0.device), eps)
+        loss, _ = rcm_loss(net, real, x0, text, warp(u, cfg.shift).to(x0.device), eps)
         return {"rcm": loss}
 
     make = from_own_states(cfg, net, schedule(4, cfg.shift))
@@ -273,16 +276,18 @@ def trajectories(cfg, stage, teacher, layout_of) -> tuple[dict, dict]:
 def on_trajectories(cfg, stage, net, teacher, layout_of) -> Training:
     """Regress net on stored trajectories (CF++ Eq. 1): a random batch of them, a random time for every chunk.
 
-    Time 0 is among them, the clean end: without loss for its own chunk, but context for those after it.
+    Without a clean past the chunks are each other's context, and it must be clean at times, as in rollouts: then time
+    0, the end itself, is drawn as well. It carries no loss for its own chunk.
     """
     stored, cost = trajectories(cfg, stage, guide(cfg, teacher, cfg.guidance), layout_of)
     times = torch.cat([schedule(4, cfg.shift), torch.zeros(1)])
+    drawn = 4 if layout_of(stored["x0"]) else 5
 
     def loss_of(step):
         g = draws(cfg, "trajectory", step)
         pick = torch.randint(len(stored["x0"]), (cfg.trajectory_batch,), generator=g)
         x0, states, text = (stored[k][pick] for k in ("x0", "states", "text"))
-        index = draw_index(len(x0), cfg.frames, cfg.chunk, len(times), g).to(cfg.device)
+        index = draw_index(len(x0), cfg.frames, cfg.chunk, drawn, g).to(cfg.device)
         return ode_loss(net, states, times, index, text, **{"chunk": cfg.chunk} | layout_of(x0))
 
     ema = frozen(build(cfg, net.state_dict()))
@@ -316,7 +321,7 @@ def causal_dmd(cfg, start) -> Training:
     Sharp first frames, then drift: it never meets its own history, and reverse KL puts all mass where an error of the
     history hurts (CF++ Sec. 3.4).
     """
-    net, teacher, critic = triple_of_networks(cfg, start)
+    net, teacher, critic = alike(cfg, start, "teacher_forcing")
     grid = schedule(4, cfg.shift)
 
     def make(step, which, g):
@@ -360,8 +365,12 @@ def whole_clip(begin, kind, solver="cm"):
     return Stage(begin, kind, "bidirectional", causal=False, few_step=True, solver=solver)
 
 
-def streaming(begin, kind, start):
-    return Stage(begin, kind, start, causal=True, few_step=True, solver="cm")
+def streaming(begin, kind, start, windowed=False):
+    return Stage(begin, kind, start, causal=True, few_step=True, solver="cm", windowed=windowed)
+
+
+def stage_three(begin, start):
+    return streaming(begin, "dmd", start, windowed=True)
 
 
 BASELINES = {
@@ -378,10 +387,10 @@ BASELINES = {
     "bidirectional_ode": streaming(bidirectional_ode, "trajectory", "bidirectional"),
     "causal_ode": streaming(causal_ode, "trajectory", "teacher_forcing"),
     "causal_dmd": streaming(causal_dmd, "dmd", "teacher_forcing"),
-    "causvid": streaming(causvid, "dmd", "bidirectional_ode"),
-    "self_forcing": streaming(self_rollout_dmd, "dmd", "bidirectional_ode"),
-    "causal_forcing": streaming(self_rollout_dmd, "dmd", "causal_ode"),
-    "causal_forcing_pp": streaming(self_rollout_dmd, "dmd", "causal_cd"),
-    "naive_sc": streaming(partial(self_rollout_dmd, with_sc=True), "dmd", "causal_cd"),
-    "mixed_sc": streaming(partial(self_rollout_dmd, mixed=True, with_sc=True), "dmd", "causal_cd"),
+    "causvid": stage_three(causvid, "bidirectional_ode"),
+    "self_forcing": stage_three(self_rollout_dmd, "bidirectional_ode"),
+    "causal_forcing": stage_three(self_rollout_dmd, "causal_ode"),
+    "causal_forcing_pp": stage_three(self_rollout_dmd, "causal_cd"),
+    "naive_sc": stage_three(partial(self_rollout_dmd, with_sc=True), "causal_cd"),
+    "mixed_sc": stage_three(partial(self_rollout_dmd, mixed=True, with_sc=True), "causal_cd"),
 }

@@ -83,7 +83,8 @@ def ode_loss(student, states: Tensor, times: Tensor, index: Tensor, text: Tensor
 
     student: net(x, t, text, **layout); layout chunk=n, clean=x_gt for causal ODE, chunk=n for a bidirectional teacher's
     trajectories. states: `b k+1 f c h w` at times `k+1`, the last 0. index: integers `b f` into them; the last is x_0
-    itself, which is clean context for later chunks and carries no loss. Gradient flows into the student.
+    itself, which carries no loss but is clean context for later chunks where they see it. Gradient flows into the
+    student.
     """
     t = times.to(states.device)[index]
     x_t = states.gather(1, index[:, None, :, None, None, None].expand_as(states[:, :1]))[:, 0]
@@ -125,8 +126,9 @@ def rcm_loss(student, teacher, x0: Tensor, text: Tensor, t: Tensor, eps: Tensor)
 
         dG/dt = v_teacher - v - t dv/dt = 0,    dv/dt = (dv/dx) v_teacher + dv/dt|x    by one forward-mode JVP
 
-    so v is pulled along the tangent g = v_teacher - v - t dv/dt, normalised as in sCM to g / (|g| + 0.1), |.| the root
-    mean square of a sample. rCM writes this for the TrigFlow path, we for x_t = (1 - t) x_0 + t eps. t: `b f`.
+    so v is pulled along the tangent g = v_teacher - v - t dv/dt, normalised to g / (|g| + 0.1) as in sCM; |.| is the
+    root mean square of a sample, and there is no warm-up of the tangent (ours). rCM writes this for the TrigFlow path,
+    we for x_t = (1 - t) x_0 + t eps. t: `b f`.
     """
     x_t = add_noise(x0, eps, t)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no forward mode

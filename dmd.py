@@ -5,7 +5,7 @@ A generated clip x_0 = G_theta(z) is noised again to a time t. There two score m
 is: the frozen teacher under the data (s_real), an online *critic* under the generator's own distribution (s_fake).
 Their difference is the gradient of the KL divergence (Salt Eq. 4, CF++ Eq. 6):
 
-    grad_theta L_DMD = E_t[ (s_fake(x_t, t) - s_real(x_t, t)) dx_0/dtheta ],   x_t = (1 - t) x_0 + t eps
+    grad_theta L_DMD = E_t[ (s_fake(x_t, t) - s_real(x_t, t)) dx_t/dtheta ],   x_t = (1 - t) x_0 + t eps
 
 With s = -eps_hat / t and x_0 = x_t - t v, s_fake - s_real = (1 - t) (x0_fake - x0_real) / t^2, and dx_t/dx_0 = 1 - t:
 `kl_gradient` is Eq. 4 to the letter. In practice its factor of t is replaced by one number per sample, 1 / mean|x_0 -
@@ -70,7 +70,7 @@ def dmd_loss(x0: Tensor, text: Tensor, critic, teacher, t: Tensor, eps: Tensor, 
     """DMD's generator loss (Salt Eq. 4, CF++ Eq. 6; with chunk=n, clean=x_gt and causal score models CF++ Eq. 7).
 
     x0: generated clips `b f c h w`; the gradient flows into x0 only. critic, teacher: net(x, t, text, **layout) ->
-    velocity. t: `b f`. eps: like x0. exact: kl_gradient in place of the normalised dmd_gradient.
+    velocity. t: `b f`. eps: like x0. exact: kl_gradient in place of the normalised dmd_gradient, for proofs.
     """
     with torch.no_grad():
         x_t = add_noise(x0, eps, t)

@@ -12,9 +12,9 @@ v(x_ts, ts) is the forward that DMD makes anyway, so this costs one extra forwar
 x1 - x2 = (tm - te) (v(x_tm, tm) - v(x_ts, ts)): the loss asks the velocity to be constant along the student's own path.
 
 Triples (Salt Eq. 9): ts from the training grid; te from the inference grid below ts; tm from the training grid strictly
-between. SC must act on the grid that DMD supervises; on a denser one the composed branch passes through times that
-nobody trains, and it hurts (Salt, appendix A.2). `shortcut_loss` at the end of this file is that other way of asking
-for composition, as the sole training signal and on a dense grid.
+between. SC must act on the grid that DMD supervises; on a denser one the composed branch passes through times at which
+nobody matches distributions, and it hurts (Salt, appendix A.2). `shortcut_loss` at the end of this file is that other
+way of asking for composition, as the sole training signal and on a dense grid.
 
 Left open by the paper
   - Whether 0 belongs to the ends te. Here it does: otherwise the last interval, the one that makes the picture, has
@@ -111,8 +111,9 @@ def shortcut_loss(student, ema, teacher, x0: Tensor, text: Tensor, grid: Tensor,
         v_theta(x_t, t) -> sg (x_t - x_s) / (t - s),  x_s = two Euler steps of theta-, of half the stride each
 
     A step should go where two half steps go; a step of one interval where the teacher goes. One velocity serves all
-    strides, so its flow is pulled straight. x0, eps: `b f c h w`. grid: descending times `N`, followed by 0. start:
-    integers `b f` with start + stride <= N. stride: 1 or even. Gradient into the student only.
+    strides, so its flow is pulled straight. (Strides are powers of two, as in shortcut models.) x0, eps: `b f c h w`.
+    grid: descending times `N`, followed by 0. start: integers `b f` with start + stride <= N. stride: 1 or even.
+    Gradient into the student only.
     """
     times = torch.cat([grid, grid.new_zeros(1)]).to(x0.device)
     t, m, s = times[start], times[start + stride // 2], times[start + stride]
@@ -130,6 +131,6 @@ def shortcut_loss(student, ema, teacher, x0: Tensor, text: Tensor, grid: Tensor,
 
 
 def draw_shortcut(batch: int, frames: int, steps: int, g: torch.Generator) -> tuple[Tensor, int]:
-    """A stride of 1, 2, 4, ..., steps / 2 for the batch, and a start for every clip: integers `batch frames`."""
-    stride = 2 ** int(torch.randint((steps // 2).bit_length(), (), generator=g))
+    """A stride of 1, 2, 4, ..., steps for the batch, and a start for every clip: integers `batch frames`."""
+    stride = 2 ** int(torch.randint(steps.bit_length(), (), generator=g))
     return torch.randint(steps - stride + 1, (batch, 1), generator=g).expand(batch, frames), stride

@@ -42,6 +42,7 @@ class Stage:
     causal: bool  # samples chunk by chunk
     few_step: bool  # a student: 1, 2, 4 steps without guidance
     solver: str  # that samples it: cm or euler
+    windowed: bool = False  # sees only --window frames
 
 
 @dataclass
@@ -55,7 +56,7 @@ class Training:
 # ---------------------------------------------------------------------------------------------------------------------
 # Random draws: functions of (what for, seed, kind, step, which of several), and for a sample of its index in the batch
 
-STEER, DROP, PROMPTS, NOISE, RENOISE, CLIPS, WORLD, EVALUATE = range(8)  # what a draw is for
+STEER, DROP, PROMPTS, NOISE, RENOISE, CLIPS, WORLD, EVALUATE, TRIPLE, SHORTCUT = range(10)  # what a draw is for
 
 
 def draws(cfg, kind, step, purpose=STEER, which=0) -> torch.Generator:
@@ -70,11 +71,13 @@ def noise_like(cfg, kind, step, shape, purpose=NOISE, which=0) -> Tensor:
 
 
 def batch(cfg, kind, step) -> tuple[Tensor, Tensor]:
-    """Clips `b f c h w` never seen before and their text `b l d`, some of it dropped."""
+    """Clips `b f c h w` never seen before and their text `b l d`, some of it dropped where guidance is learned: a
+    student of DMD is sampled without."""
     size = getattr(cfg, f"{kind}_batch")
     key = (CLIPS, cfg.seed, KINDS.index(kind))
     x0, prompts = data.clips(range(step * size, (step + 1) * size), cfg.frames, *key)
-    kept = torch.rand(size, 1, 1, generator=draws(cfg, kind, step, DROP)) >= cfg.prompt_dropout
+    dropout = 0 if kind == "dmd" else cfg.prompt_dropout
+    kept = torch.rand(size, 1, 1, generator=draws(cfg, kind, step, DROP)) >= dropout
     return x0.to(cfg.device), (data.embed(prompts) * kept).to(cfg.device)
 
 
@@ -248,16 +251,17 @@ def no_terms(*_):
 
 
 def distribution_matching(cfg, net, teacher, critic, make, more_terms=no_terms, critic_terms=no_terms,
-                          head=None) -> Training:
+                          head=None, ema=None) -> Training:
     """The round of every DMD method (Salt Eq. 4, 10, 13; CF++ Eq. 6, 7): `critic_steps` times the critic learns what
     the generator makes, then the generator takes one step against the difference of the scores.
 
     make(step, which, g) -> Made: which = 0 for the generator's step, 1, 2, ... for the critic's (without gradient); g
     for draws that are made once for the batch. more_terms(step, made, t, eps, g): further losses, by name, of the
     generator at the time and with the noise at which the scores are compared; critic_terms(step, which, made, t, eps):
-    of the critic, and of the head on its features where there is one. A term NAME has the weight --lambda-NAME.
+    of the critic, and of the head on its features where there is one. A term NAME has the weight --lambda-NAME. ema: a
+    copy of net that becomes its average, where a term needs it; else it is made here.
     """
-    ema = frozen(copy.deepcopy(net))
+    ema = frozen(copy.deepcopy(net)) if ema is None else ema
     trained = torch.nn.ModuleList([critic] if head is None else [critic, head])
     optimizer, critic_optimizer = adamw(net, (0.0, 0.999)), adamw(trained, (0.0, 0.999))
     real, updates = guide(cfg, teacher, cfg.score_guidance), cfg.steps_of("dmd")
@@ -295,17 +299,20 @@ def distribution_matching(cfg, net, teacher, critic, make, more_terms=no_terms, 
     return Training(nets, {"net": optimizer, "critic": critic_optimizer}, update)
 
 
-def self_rollout(cfg, net, text, noise, steps, exit_step, triple=None) -> tuple[Tensor, list[Tensor]]:
-    """Roll out a clip; with a triple (tm, te), also the self-consistency loss of every chunk. noise: `b K f c h w`."""
+def self_rollout(cfg, net, text, noise, steps, exit_step, tm_te=None) -> tuple[Tensor, list[Tensor]]:
+    """Roll out a clip; with the times (tm, te) of a triple, also the self-consistency loss of every chunk.
+
+    noise: `b K f c h w`.
+    """
     grid, first_grid = grids(steps, cfg.shift, cfg.first_steps)
     x0, sc = [], []
     for chunk in stream(net, shared_noise(noise, cfg.chunk, steps, len(first_grid)), text, grid,
                         chunks=cfg.frames // cfg.chunk, first_grid=first_grid, exit_step=exit_step):
         x0.append(chunk.x0)
-        if triple:
+        if tm_te:
             def velocity(x, t, past=chunk.cache):
                 return net(x, torch.full(x.shape[:2], t, device=x.device), text, cache=past)
-            sc.append(sc_loss.sc_loss(velocity, chunk.x_t, chunk.v, chunk.t, *triple, cfg.sc_through)[0])
+            sc.append(sc_loss.sc_loss(velocity, chunk.x_t, chunk.v, chunk.t, *tm_te, cfg.sc_through)[0])
     return torch.cat(x0, dim=1), sc
 
 
@@ -322,12 +329,13 @@ def rollouts(cfg, net, lengths, probabilities, with_sc: bool) -> Callable:
     def make(step, which, g):
         k = lengths[int(torch.multinomial(torch.tensor(probabilities), 1, generator=g))]
         exit_step = int(torch.randint(k, (), generator=g))
-        triple = None
+        tm_te = None
         if which == 0 and with_sc and k == longest and cfg.lambda_sc > 0:
-            triple = sc_loss.draw_triple(train_grid[exit_step].item(), train_grid, infer_grid, g)
+            ts = train_grid[exit_step].item()
+            tm_te = sc_loss.draw_triple(ts, train_grid, infer_grid, draws(cfg, "dmd", step, TRIPLE))
         text = prompts_only(cfg, step, which)
         noise = noise_like(cfg, "dmd", step, (densest, *video_shape(cfg)), NOISE, which)
-        x0, sc = self_rollout(cfg, net, text, noise, k, exit_step, triple)
+        x0, sc = self_rollout(cfg, net, text, noise, k, exit_step, tm_te)
         terms = {"sc": torch.stack(sc).mean()} if sc else {}
         return Made(x0, text, terms, drawn={"K": k, "exit_step": exit_step}, noise=noise)
 
@@ -372,5 +380,5 @@ RECIPE = {
     "bidirectional": Stage(bidirectional, "bidirectional", None, causal=False, few_step=False, solver="euler"),
     "teacher_forcing": Stage(teacher_forcing, "teacher_forcing", "bidirectional", True, False, "euler"),
     "causal_cd": Stage(causal_cd, "trajectory", "teacher_forcing", True, True, "cm"),
-    "salt": Stage(salt, "dmd", "causal_cd", True, True, "cm"),
+    "salt": Stage(salt, "dmd", "causal_cd", True, True, "cm", windowed=True),
 }

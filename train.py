@@ -170,7 +170,8 @@ def check(cfg: Config):
          "powers of two, so that the grids nest")
     need(len(cfg.mixed_steps) == len(cfg.mixed_probs) and min(cfg.mixed_probs) >= 0
          and abs(sum(cfg.mixed_probs) - 1) < 1e-6, "mixed_steps mixed_probs", "one probability each, summing to 1")
-    need(1 <= cfg.critic_steps < 90, "critic_steps", "1 to 89")
+    need(1 <= cfg.critic_steps < 100, "critic_steps", "1 to 99")
+    need(cfg.stage != "naive_sc" or cfg.rollout_steps > 1, "stage rollout_steps", "at least 2 steps, for a triple")
     need(power_of_two(cfg.shortcut_grid) and cfg.shortcut_grid > 1, "shortcut_grid", "a power of two")
     need(cfg.trajectory_grid % (4 * cfg.phases) == 0, "trajectory_grid phases",
          "a multiple of 4 and of the phases, so that the students' times lie on it")
@@ -394,8 +395,9 @@ def evaluate(cfg, stage) -> list[dict]:
     real, prompts, noise = evaluation_set(cfg, cfg.eval_clips)
     about, rows = about_of(path_of(cfg, stage)), []
     for weights, kind in (("ema", ""), ("raw", "_raw")):
-        net = frozen(build(cfg, finished(cfg, stage, kind), windowed=how.few_step and how.kind == "dmd"))
-        defect = composition(cfg, stage, net, real[:256], prompts[:256], noise[:256])
+        net = frozen(build(cfg, finished(cfg, stage, kind), windowed=how.windowed))
+        sampled = net if how.few_step else Guided(net, null_text(cfg), cfg.guidance)
+        defect = composition(cfg, stage, sampled, real[:256], prompts[:256], noise[:256])
         for steps in steps_shown(cfg, stage):
             start = time.time()
             parts = zip(prompts.split(256), noise.split(256))
@@ -444,7 +446,7 @@ def draw_sheet(cfg, stages, name):
     rows = {"the world": real}
     for stage in stages:
         was, how = as_trained(cfg, stage), STAGES[stage]
-        net = frozen(build(was, finished(was, stage), windowed=how.few_step and how.kind == "dmd"))
+        net = frozen(build(was, finished(was, stage), windowed=how.windowed))
         for steps in sorted(steps_shown(was, stage)):
             rows[f"{stage} {steps}"] = generate(was, stage, net, steps, prompts, noise)
     data.sheet(rows, Path(cfg.out) / name)

@@ -8,7 +8,7 @@ from worlds import ARWorld, Gaussian, WindowWorld, kl, least, normals, sigma_poi
 from causal_cd import causal_cd_loss, ode_loss, trajectory
 from dmd import dmd_loss
 from flowmap import schedule, to_x0
-from rollout import grids, stream
+from rollout import grids, shared_noise, stream
 
 A = torch.tensor([[0.8, 0.3], [-0.2, 0.7]], dtype=torch.float64)
 Q = torch.tensor([[0.3, 0.1], [0.1, 0.2]], dtype=torch.float64)
@@ -167,7 +167,7 @@ def test_causal_dmd_gradient_is_that_of_the_conditional_kl(t):
     B = torch.tensor([[0.2, 0.0], [0.5, -0.3]], dtype=torch.float64, requires_grad=True)
     L = torch.tensor([[1.0, 0.0], [0.4, 0.7]], dtype=torch.float64, requires_grad=True)
     clean = video(torch.stack([past, past], 1))  # the second frame's own clean version must not matter
-    x0 = video(torch.stack([past, past @ B.T + z @ L.T], 1))
+    x0 = video(torch.stack([2 * past, past @ B.T + z @ L.T], 1))  # nor what was generated before it
     noise = video(torch.stack([eps, eps], 1))
     critic = ARWorld(B.detach(), (L @ L.T).detach(), P)
     times = torch.full((len(past), 2), t, dtype=torch.float64)
@@ -205,12 +205,8 @@ def test_rollouts_have_the_right_mean_and_covariance(case, solver, steps, first)
     window, sink, chunk, shown = CASES[case]
     n, frames = 20_000, 6
     net = WindowWorld(lambda r, n: 0.8 / n if r else -0.5, OFFSET, Q, window, sink, perfect=solver == "cm")
-    g = torch.Generator().manual_seed(0)
-
-    def noise(i, k):
-        return torch.randn(n, chunk, 2, 1, 1, dtype=torch.float64, generator=g)
-
     grid, first_grid = grids(steps, 5.0, first)
+    noise = shared_noise(normals(n, 4, frames, 2, 1, 1), chunk, steps, len(first_grid))
     clips = torch.cat([c.x0 for c in stream(net, noise, None, grid, first_grid=first_grid, chunks=frames // chunk,
                                             solver=solver)], 1)[..., 0, 0]
 

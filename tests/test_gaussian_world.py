@@ -130,8 +130,8 @@ def test_following_dmd_with_an_exact_critic_reaches_the_teacher(exact):
 
 
 def test_following_dmd_with_a_learned_critic_reaches_the_teacher():
-    """Bug: a critic trained on other clips than the generator's, or with gradient into the generator. The critic starts
-    as the teacher (no gradient at all) and learns by critic_loss alone: an affine velocity for each time."""
+    """Bug: a critic that learns anything but the generator's own law. It starts as the teacher (then there is no
+    gradient at all) and learns by critic_loss alone: an affine velocity for each time."""
     mean, factor = start()
     weights = {t: torch.zeros(3, 2, dtype=torch.float64, requires_grad=True) for t in TIMES}
 
