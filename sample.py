@@ -57,7 +57,7 @@ def parse(argv=None):
 
 def with_defaults(args, about: dict):
     """Fill what was not given from the checkpoint's record; warn where what was given departs from it."""
-    if "solver" not in about:
+    if "causal" not in about:
         raise ValueError("got no finished stage's checkpoint, expected a file STAGE.safetensors that train.py left: "
                          "change --checkpoint")
     if not about["causal"]:
