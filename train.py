@@ -511,3 +511,5 @@ if __name__ == "__main__":
         main(parse())
     except ValueError as e:
         sys.exit(f"ValueError: {e}")
+    except KeyboardInterrupt:  # in the middle of measuring; updates are finished and saved first
+        sys.exit("stopped while measuring; the same command measures again")
