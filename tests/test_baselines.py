@@ -369,6 +369,21 @@ def test_teacher_and_critic_are_the_right_networks(trained, calls, monkeypatch, 
     assert len(teachers) == 1 and same(teachers.pop(), start) and not same(training.nets["critic"], start)
 
 
+@pytest.mark.parametrize("stage, where, loss, teacher", [
+    ("rcm", baselines, "rcm_loss", 1), ("pcm", baselines, "pcm_loss", 2),
+    ("scfm", baselines.sc_loss, "shortcut_loss", 2), ("dmd4_scfm", baselines.sc_loss, "shortcut_loss", 2),
+    ("causal_cd", stages, "causal_cd_loss", 2)])
+def test_teachers_of_trajectories_are_the_frozen_ones(trained, monkeypatch, stage, where, loss, teacher):
+    """Bug: a trajectory that follows the critic or the student in place of the teacher."""
+    seen, real = [], getattr(where, loss)
+    monkeypatch.setattr(where, loss, lambda *a: (seen.append(a), real(*a))[1])
+    training = begin(trained, stage)
+    training.update(0)
+    net = getattr(seen[0][teacher], "net", seen[0][teacher])  # under its guidance
+    start = train.STAGES[stage].start
+    assert not any(net is other for other in training.nets.values()) and same(net, trained / f"{start}.safetensors")
+
+
 @pytest.mark.parametrize("stage", ["sc_dmd", "sc_dmd_gan", "naive_sc", "mixed_sc", "salt"])
 def test_sc_acts_on_the_grid_and_the_states_that_dmd_supervises(trained, calls, monkeypatch, stage):
     """Bug: triples of a denser grid, which is what makes the naive hybrid fail (Salt A.2), or a defect measured from
