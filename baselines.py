@@ -36,13 +36,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 import dmd
+import fsdp
 import sc_loss
 from causal_cd import draw_index, ode_loss, pcm_loss, rcm_loss, trajectory
 from flowmap import add_noise, renoise, schedule, to_x0, warp
-from model import read_tensors, write_tensors
+from model import about_of, read_tensors, write_tensors
 from stages import (
     CLIPS,
     NOISE,
+    RECIPE,
     SHORTCUT,
     TRIPLE,
     Made,
@@ -51,6 +53,7 @@ from stages import (
     asymmetric,
     batch,
     build,
+    build_teacher,
     distribution_matching,
     draws,
     finished,
@@ -60,6 +63,7 @@ from stages import (
     prompts_only,
     regression,
     rollouts,
+    score_teacher,
     video_shape,
 )
 
@@ -67,14 +71,15 @@ from stages import (
 # Not autoregressive: the student is bidirectional and makes the whole clip at once
 
 def alike(cfg, start, teacher):
-    """Student (from stage start), teacher and critic (both from stage teacher), all of one layout."""
-    weights = finished(cfg, teacher)
-    return build(cfg, finished(cfg, start)), frozen(build(cfg, weights)), build(cfg, weights)
+    """Student and its average (from stage start), teacher and critic (both from stage teacher), all of one layout."""
+    weights = finished(cfg, start)
+    net, ema = build(cfg, weights), frozen(build(cfg, weights))
+    return net, ema, score_teacher(cfg, teacher), build(cfg, finished(cfg, teacher))
 
 
-def clips_for(cfg, step, which):
+def clips_for(cfg, step, part, which):
     """Real clips for the generator's step (which = 0) and for each of the critic's (1, 2, ...)."""
-    return batch(cfg, "dmd", step * (1 + cfg.critic_steps) + which)
+    return batch(cfg, "dmd", step * (1 + cfg.critic_steps) + which, part)
 
 
 def denoised(net, x_t, t: float, text, **layout) -> tuple[Tensor, Tensor]:
@@ -84,17 +89,17 @@ def denoised(net, x_t, t: float, text, **layout) -> tuple[Tensor, Tensor]:
 
 
 def from_noised_clips(cfg, net, grid, with_sc=False):
-    """make(step, which, g): denoise a noised real clip at a time of the grid (backward simulation off, as in Salt).
+    """make(step, part, which, g): denoise a noised real clip at a time of the grid (as Salt; no backward simulation).
 
     with_sc adds L_SC from there: ts is that time, tm from the same grid, te from the grid of half as many steps.
     """
     infer_grid = grid[::2]
 
-    def make(step, which, g):
-        x0, text = clips_for(cfg, step, which)
+    def make(step, part, which, g):
+        x0, text = clips_for(cfg, step, part, which)
         k = int(torch.randint(len(grid), (), generator=g))
         ts, terms = grid[k].item(), {}
-        x_t = add_noise(x0, noise_like(cfg, "dmd", step, x0.shape[1:], NOISE, which), ts)
+        x_t = add_noise(x0, noise_like(cfg, "dmd", step, part, x0.shape[1:], NOISE, which), ts)
         x0_made, v = denoised(net, x_t, ts, text)
         tm_te = None
         if with_sc and which == 0 and cfg.lambda_sc > 0:
@@ -103,7 +108,7 @@ def from_noised_clips(cfg, net, grid, with_sc=False):
             def velocity(x, t):
                 return denoised(net, x, t, text)[1]
             terms["sc"] = sc_loss.sc_loss(velocity, x_t, v, ts, *tm_te, cfg.sc_through)[0]
-        return Made(x0_made, text, terms, drawn={"exit_step": k})
+        return Made(part, x0_made, text, terms, drawn={"exit_step": k})
 
     return make
 
@@ -122,40 +127,41 @@ def simulated(net, noise: Tensor, grid: Tensor, exit_step: int, text, **layout) 
 
 
 def from_own_states(cfg, net, grid):
-    """make(step, which, g): denoise a state of the student's own path from noise (backward simulation on)."""
+    """make(step, part, which, g): denoise a state of the student's own path from noise (backward simulation on)."""
 
-    def make(step, which, g):
+    def make(step, part, which, g):
         exit_step = int(torch.randint(len(grid), (), generator=g))
-        noise = noise_like(cfg, "dmd", step, (len(grid), *video_shape(cfg)), NOISE, which)
-        text = prompts_only(cfg, step, which)
-        return Made(simulated(net, noise, grid, exit_step, text), text, drawn={"exit_step": exit_step})
+        noise = noise_like(cfg, "dmd", step, part, (len(grid), *video_shape(cfg)), NOISE, which)
+        text = prompts_only(cfg, step, part, which)
+        return Made(part, simulated(net, noise, grid, exit_step, text), text, drawn={"exit_step": exit_step})
 
     return make
 
 
 def dmd_on_grid(cfg, start, steps, make_from) -> Training:
     """DMD (arXiv 2311.18828, 2405.14867; Salt Eq. 4): every time of T^(steps) is trained as a one-step generator."""
-    net, teacher, critic = alike(cfg, start, "bidirectional")
-    return distribution_matching(cfg, net, teacher, critic, make_from(cfg, net, schedule(steps, cfg.shift)))
+    net, ema, teacher, critic = alike(cfg, start, "bidirectional")
+    return distribution_matching(cfg, net, ema, teacher, critic, make_from(cfg, net, schedule(steps, cfg.shift)))
 
 
 def sc_dmd(cfg, start) -> Training:
     """Salt Eq. 10: L_DMD + lambda_sc L_SC, both on the grid of --train-grid (8) times."""
-    net, teacher, critic = alike(cfg, start, "bidirectional")
+    net, ema, teacher, critic = alike(cfg, start, "bidirectional")
     make = from_noised_clips(cfg, net, schedule(cfg.train_grid, cfg.shift), with_sc=True)
-    return distribution_matching(cfg, net, teacher, critic, make)
+    return distribution_matching(cfg, net, ema, teacher, critic, make)
 
 
 def sc_dmd_gan(cfg, start) -> Training:
     """Salt's 'Ours-alpha': SC-DMD, and a discriminator on the features of the critic's middle block (as in DMD2)."""
-    net, teacher, critic = alike(cfg, start, "bidirectional")
+    net, ema, teacher, critic = alike(cfg, start, "bidirectional")
     head = dmd.Discriminator(critic.config.dim).init_weights(cfg.seed).to(cfg.device)
+    head = fsdp.shard(head, "fp32", cfg.gather, "the discriminator")
 
     def logits(x0, text, t, eps):
         return head(critic(add_noise(x0, eps, t), t, text, until=len(critic.blocks) // 2))
 
     def discriminate(step, which, made, t, eps):
-        real, text = clips_for(cfg, step, which)
+        real, text = clips_for(cfg, step, made.part, which)
         loss = dmd.discriminator_loss(logits(real, text, t, eps), logits(made.x0.detach(), made.text, t, eps))
         return {"gan": loss}
 
@@ -163,55 +169,55 @@ def sc_dmd_gan(cfg, start) -> Training:
         return {"gan": dmd.adversarial_loss(logits(made.x0, made.text, t, eps))}
 
     make = from_noised_clips(cfg, net, schedule(cfg.train_grid, cfg.shift), with_sc=True)
-    return distribution_matching(cfg, net, teacher, critic, make, deceive, discriminate, head)
+    return distribution_matching(cfg, net, ema, teacher, critic, make, deceive, discriminate, head)
 
 
 def scfm(cfg, start) -> Training:
     """Shortcut flow matching (SCFM; Salt Tab. A.1): composition as the only signal, on a dense grid."""
     weights = finished(cfg, start)
-    teacher = guide(cfg, frozen(build(cfg, weights)), cfg.guidance)
+    teacher = guide(cfg, build_teacher(cfg, weights), cfg.guidance)
     net, ema = build(cfg, weights), frozen(build(cfg, weights))
 
-    def loss_of(step):
-        x0, text = batch(cfg, "trajectory", step)
-        return dense_shortcut(cfg, "trajectory", step, net, ema, teacher, x0, text)
+    def loss_of(step, part):
+        x0, text = batch(cfg, "trajectory", step, part)
+        return dense_shortcut(cfg, "trajectory", step, part, net, ema, teacher, x0, text)
 
     return regression(cfg, "trajectory", net, ema, loss_of, cfg.trajectory_ema)
 
 
-def dense_shortcut(cfg, kind, step, net, ema, teacher, x0, text):
+def dense_shortcut(cfg, kind, step, part, net, ema, teacher, x0, text):
     """L_SCFM on the grid of --shortcut-grid times, with draws of their own."""
     grid, g = schedule(cfg.shortcut_grid, cfg.shift), draws(cfg, kind, step, SHORTCUT)
-    index, stride = sc_loss.draw_shortcut(len(x0), cfg.frames, len(grid), g)
-    eps = noise_like(cfg, kind, step, x0.shape[1:], SHORTCUT)
-    return sc_loss.shortcut_loss(net, ema, teacher, x0, text, grid, index, stride, eps)
+    index, stride = sc_loss.draw_shortcut(cfg.batch, cfg.frames, len(grid), g)
+    eps = noise_like(cfg, kind, step, part, x0.shape[1:], SHORTCUT)
+    return sc_loss.shortcut_loss(net, ema, teacher, x0, text, grid, index[part], stride, eps)
 
 
 def dmd4_scfm(cfg, start) -> Training:
     """The naive hybrid (Salt A.2): DMD on 4 times, shortcuts on a dense grid. Between the 4, nobody matches
     distributions, and that is where the composed branch goes."""
-    net, teacher, critic = alike(cfg, start, "bidirectional")
-    real, ema = guide(cfg, teacher, cfg.score_guidance), frozen(build(cfg, net.state_dict()))
+    net, ema, teacher, critic = alike(cfg, start, "bidirectional")
+    real = guide(cfg, teacher, cfg.score_guidance)
 
     def shortcuts(step, made, t, eps, g):
-        x0, text = clips_for(cfg, step, 0)
-        return {"scfm": dense_shortcut(cfg, "dmd", step, net, ema, real, x0, text)[0]}
+        x0, text = clips_for(cfg, step, made.part, 0)
+        return {"scfm": dense_shortcut(cfg, "dmd", step, made.part, net, ema, real, x0, text)[0]}
 
     make = from_noised_clips(cfg, net, schedule(4, cfg.shift))
-    return distribution_matching(cfg, net, teacher, critic, make, shortcuts, ema=ema)
+    return distribution_matching(cfg, net, ema, teacher, critic, make, shortcuts)
 
 
 def pcm(cfg, start) -> Training:
     """PCM (Salt Tab. 1): consistency distillation in --phases (4) phases of the --trajectory-grid."""
     weights = finished(cfg, start)
-    teacher = guide(cfg, frozen(build(cfg, weights)), cfg.guidance)
+    teacher = guide(cfg, build_teacher(cfg, weights), cfg.guidance)
     net, ema = build(cfg, weights), frozen(build(cfg, weights))
     grid, edges = schedule(cfg.trajectory_grid, cfg.shift), schedule(cfg.phases, cfg.shift)
 
-    def loss_of(step):
-        x0, text = batch(cfg, "trajectory", step)
-        eps = noise_like(cfg, "trajectory", step, x0.shape[1:])
-        index = draw_index(len(x0), cfg.frames, cfg.frames, len(grid), draws(cfg, "trajectory", step))
+    def loss_of(step, part):
+        x0, text = batch(cfg, "trajectory", step, part)
+        eps = noise_like(cfg, "trajectory", step, part, x0.shape[1:])
+        index = draw_index(cfg.batch, cfg.frames, cfg.frames, len(grid), draws(cfg, "trajectory", step))[part]
         return pcm_loss(net, ema, teacher, x0, text, grid, edges, index, eps)
 
     return regression(cfg, "trajectory", net, ema, loss_of, cfg.trajectory_ema)
@@ -220,77 +226,82 @@ def pcm(cfg, start) -> Training:
 def rcm(cfg, start) -> Training:
     """rCM (Salt Tab. 2): continuous-time consistency by JVP, and DMD on the student's own states as its regulariser.
     Written as L_DMD + lambda_rcm L_CD."""
-    net, teacher, critic = alike(cfg, start, "bidirectional")
+    net, ema, teacher, critic = alike(cfg, start, "bidirectional")
     real = guide(cfg, teacher, cfg.score_guidance)
 
     def consistency(step, made, t, eps, g):
-        x0, text = clips_for(cfg, step, 0)
-        u = torch.rand(len(x0), 1, generator=g).expand(-1, cfg.frames)
+        x0, text = clips_for(cfg, step, made.part, 0)
+        u = torch.rand(cfg.batch, 1, generator=g)[made.part].expand(-1, cfg.frames)
         loss, _ = rcm_loss(net, real, x0, text, warp(u, cfg.shift).to(x0.device), eps)
         return {"rcm": loss}
 
     make = from_own_states(cfg, net, schedule(4, cfg.shift))
-    return distribution_matching(cfg, net, teacher, critic, make, consistency)
+    return distribution_matching(cfg, net, ema, teacher, critic, make, consistency)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Autoregressive, stage 2
 
-def trajectories(cfg, stage, teacher, layout_of) -> tuple[dict, dict]:
-    """Trajectories of a teacher from noise, made once and kept in --out/STAGE_trajectories/*.safetensors.
+def trajectories(cfg, stage, teacher, layout_of) -> tuple[list[Path], dict]:
+    """Trajectories of a teacher from noise, made once and kept in --out/STAGE_trajectories, a file for each.
 
-    layout_of(x0): how the teacher looks at clips x0. Returns tensors x0 `n f c h w`, states `n 5 f c h w` at the times
-    of T^(4) and 0, text `n l d`; and what they cost, seconds and bytes. What an earlier run left is used again;
+    layout_of(x0): how the teacher looks at clips x0. Returns the files, of tensors x0 `f c h w`, states `5 f c h w` at
+    the times of T^(4) and 0, text `l d`; and what they cost, seconds and bytes. What an earlier run left is used again;
     ValueError if its settings were others.
     """
     folder = Path(cfg.out) / f"{stage}_trajectories"
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {k: getattr(cfg, k) for k in ("size", "seed", "frames", "chunk", "shift", "guidance", "prompt_dropout",
-                                             "trajectory_grid", "trajectory_batch", "trajectories")}
+    settings = {k: getattr(cfg, k) for k in ("size", "data", "seed", "frames", "chunk", "shift", "guidance", "batch",
+                                             "prompt_dropout", "trajectory_grid", "trajectories")}
     settings = json.loads(json.dumps(settings | {"stage": stage}))
-    shards, cost = [], {"data_seconds": 0.0, "data_bytes": 0}
-    for i in tqdm(range(-(-cfg.trajectories // cfg.trajectory_batch)), desc=f"{stage}: trajectories"):
-        path = folder / f"{i:05d}.safetensors"
-        if not path.exists():
+    grid, batches = schedule(cfg.trajectory_grid, cfg.shift), range(-(-cfg.trajectories // cfg.batch))
+    files = [folder / f"{i:06d}.safetensors" for i in range(len(batches) * cfg.batch)]
+    missing = fsdp.on_rank_0(lambda: [not path.exists() for path in files])
+    for step in tqdm(batches, desc=f"{stage}: trajectories", disable=fsdp.rank() > 0):
+        if not any(missing[step * cfg.batch : (step + 1) * cfg.batch]):
+            continue
+        for part in fsdp.my_parts(cfg.batch, cfg.accum):
             start = time.time()
-            x0, text = batch(cfg, "trajectory", i)
-            noise, layout = noise_like(cfg, "trajectory", i, x0.shape[1:], CLIPS), layout_of(x0)
+            x0, text = batch(cfg, "trajectory", step, part)
+            noise, layout = noise_like(cfg, "trajectory", step, part, x0.shape[1:], CLIPS), layout_of(x0)
 
             def velocity(x, t, text=text, layout=layout):
                 return teacher(x, torch.full(x.shape[:2], t, device=x.device), text, **layout)
 
-            grid = schedule(cfg.trajectory_grid, cfg.shift)
             states = trajectory(velocity, noise, grid, keep=cfg.trajectory_grid // 4)
-            about = {"settings": settings, "seconds": time.time() - start}
-            write_tensors(path, {"x0": x0, "states": states, "text": text}, about)
-        tensors, about = read_tensors(path)
-        if about.get("settings") != settings:
+            about = {"settings": settings, "seconds": (time.time() - start) / len(x0)}
+            for i, path in enumerate(files[step * cfg.batch : (step + 1) * cfg.batch][part]):
+                write_tensors(path, {"x0": x0[i], "states": states[i], "text": text[i]}, about)
+    fsdp.agree("training on trajectories")
+    for path in files:
+        if (about := about_of(path)).get("settings") != settings:
             raise ValueError(f"got {path} made with {about.get('settings')}, expected {settings}: change --out, or "
                              "move the folder away")
-        shards.append(tensors)
-        cost["data_seconds"] += about["seconds"]
-        cost["data_bytes"] += path.stat().st_size
-    return {k: torch.cat([s[k] for s in shards]).to(cfg.device) for k in shards[0]}, cost
+    return files, {"data_seconds": sum(about_of(path)["seconds"] for path in files),
+                   "data_bytes": sum(path.stat().st_size for path in files)}
 
 
-def on_trajectories(cfg, stage, net, teacher, layout_of) -> Training:
-    """Regress net on stored trajectories (CF++ Eq. 1): a random batch of them, a random time for every chunk.
+def on_trajectories(cfg, stage, start, layout_of) -> Training:
+    """Regress a student on stored trajectories of the network it starts from (CF++ Eq. 1): a random batch of them, a
+    random time for every chunk.
 
     Without a clean past the chunks are each other's context, and it must be clean at times, as in rollouts: then time
     0, the end itself, is drawn as well. It carries no loss for its own chunk.
     """
-    stored, cost = trajectories(cfg, stage, guide(cfg, teacher, cfg.guidance), layout_of)
+    weights = finished(cfg, start)
+    net, ema = build(cfg, weights), frozen(build(cfg, weights))
+    files, cost = trajectories(cfg, stage, guide(cfg, build_teacher(cfg, weights), cfg.guidance), layout_of)
     times = torch.cat([schedule(4, cfg.shift), torch.zeros(1)])
-    drawn = 4 if layout_of(stored["x0"]) else 5
 
-    def loss_of(step):
+    def loss_of(step, part):
         g = draws(cfg, "trajectory", step)
-        pick = torch.randint(len(stored["x0"]), (cfg.trajectory_batch,), generator=g)
-        x0, states, text = (stored[k][pick] for k in ("x0", "states", "text"))
-        index = draw_index(len(x0), cfg.frames, cfg.chunk, drawn, g).to(cfg.device)
-        return ode_loss(net, states, times, index, text, **{"chunk": cfg.chunk} | layout_of(x0))
+        pick = torch.randint(len(files), (cfg.batch,), generator=g)[part]
+        stored = [read_tensors(files[i])[0] for i in pick]
+        x0, states, text = (torch.stack([s[k] for s in stored]).to(cfg.device) for k in ("x0", "states", "text"))
+        layout = {"chunk": cfg.chunk} | layout_of(x0)
+        index = draw_index(cfg.batch, cfg.frames, cfg.chunk, 4 if "clean" in layout else 5, g)[part].to(cfg.device)
+        return ode_loss(net, states, times, index, text, **layout)
 
-    ema = frozen(build(cfg, net.state_dict()))
     return regression(cfg, "trajectory", net, ema, loss_of, cfg.trajectory_ema, cost)
 
 
@@ -301,18 +312,12 @@ def bidirectional_ode(cfg, start) -> Training:
     The end of a frame depends on the noise of later frames, which the student cannot see: it learns the conditional
     mean (CF++ Sec. 3.1; tests/test_ar_world.py has the factor by which the variance shrinks).
     """
-    weights = finished(cfg, start)
-    return on_trajectories(cfg, "bidirectional_ode", build(cfg, weights), frozen(build(cfg, weights)), lambda x0: {})
+    return on_trajectories(cfg, "bidirectional_ode", start, lambda x0: {})
 
 
 def causal_ode(cfg, start) -> Training:
     """Causal Forcing's stage 2 (CF++ Eq. 1): the trajectories of the autoregressive teacher behind the clean past."""
-    weights = finished(cfg, start)
-
-    def layout_of(x0):
-        return {"chunk": cfg.chunk, "clean": x0}
-
-    return on_trajectories(cfg, "causal_ode", build(cfg, weights), frozen(build(cfg, weights)), layout_of)
+    return on_trajectories(cfg, "causal_ode", start, lambda x0: {"chunk": cfg.chunk, "clean": x0})
 
 
 def causal_dmd(cfg, start) -> Training:
@@ -321,18 +326,18 @@ def causal_dmd(cfg, start) -> Training:
     Sharp first frames, then drift: it never meets its own history, and reverse KL puts all mass where an error of the
     history hurts (CF++ Sec. 3.4).
     """
-    net, teacher, critic = alike(cfg, start, "teacher_forcing")
+    net, ema, teacher, critic = alike(cfg, start, "teacher_forcing")
     grid = schedule(4, cfg.shift)
 
-    def make(step, which, g):
-        clean, text = clips_for(cfg, step, which)
+    def make(step, part, which, g):
+        clean, text = clips_for(cfg, step, part, which)
         layout = {"chunk": cfg.chunk, "clean": clean}
         exit_step = int(torch.randint(len(grid), (), generator=g))
-        noise = noise_like(cfg, "dmd", step, (len(grid), *video_shape(cfg)), NOISE, which)
+        noise = noise_like(cfg, "dmd", step, part, (len(grid), *video_shape(cfg)), NOISE, which)
         x0 = simulated(net, noise, grid, exit_step, text, **layout)
-        return Made(x0, text, layout=layout, drawn={"exit_step": exit_step})
+        return Made(part, x0, text, layout=layout, drawn={"exit_step": exit_step})
 
-    return distribution_matching(cfg, net, teacher, critic, make)
+    return distribution_matching(cfg, net, ema, teacher, critic, make)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -341,24 +346,24 @@ def causal_dmd(cfg, start) -> Training:
 def causvid(cfg, start) -> Training:
     """CausVid (arXiv 2412.07772): the generator denoises real clips, every chunk at its own time (diffusion forcing),
     and the whole clip is matched. Its chunks lean on noised real pasts, never on its own."""
-    net, teacher, critic = asymmetric(cfg, start)
+    net, ema, teacher, critic = asymmetric(cfg, start)
     times = torch.cat([schedule(cfg.rollout_steps, cfg.shift), torch.zeros(1)]).to(cfg.device)  # 0: clean context
 
-    def make(step, which, g):
-        x0, text = clips_for(cfg, step, which)
-        t = times[draw_index(len(x0), cfg.frames, cfg.chunk, len(times), g).to(cfg.device)]
-        x_t = add_noise(x0, noise_like(cfg, "dmd", step, x0.shape[1:], NOISE, which), t)
-        return Made(to_x0(x_t, net(x_t, t, text, chunk=cfg.chunk), t), text)
+    def make(step, part, which, g):
+        x0, text = clips_for(cfg, step, part, which)
+        t = times[draw_index(cfg.batch, cfg.frames, cfg.chunk, len(times), g)[part].to(cfg.device)]
+        x_t = add_noise(x0, noise_like(cfg, "dmd", step, part, x0.shape[1:], NOISE, which), t)
+        return Made(part, to_x0(x_t, net(x_t, t, text, chunk=cfg.chunk), t), text)
 
-    return distribution_matching(cfg, net, teacher, critic, make)
+    return distribution_matching(cfg, net, ema, teacher, critic, make)
 
 
 def self_rollout_dmd(cfg, start, mixed=False, with_sc=False) -> Training:
     """Self Forcing (arXiv 2506.08009), and stage 3 of Causal Forcing and CF++: DMD on rollouts of --rollout-steps;
     mixed: of --mixed-steps (Salt Sec. 3.3). with_sc: + lambda_sc L_SC at the largest K."""
-    net, teacher, critic = asymmetric(cfg, start)
+    net, ema, teacher, critic = asymmetric(cfg, start)
     lengths, probabilities = (cfg.mixed_steps, cfg.mixed_probs) if mixed else ((cfg.rollout_steps,), (1.0,))
-    return distribution_matching(cfg, net, teacher, critic, rollouts(cfg, net, lengths, probabilities, with_sc))
+    return distribution_matching(cfg, net, ema, teacher, critic, rollouts(cfg, net, lengths, probabilities, with_sc))
 
 
 def whole_clip(begin, kind, solver="cm"):
@@ -394,3 +399,5 @@ BASELINES = {
     "naive_sc": stage_three(partial(self_rollout_dmd, with_sc=True), "causal_cd"),
     "mixed_sc": stage_three(partial(self_rollout_dmd, mixed=True, with_sc=True), "causal_cd"),
 }
+
+STAGES = RECIPE | BASELINES

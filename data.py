@@ -15,16 +15,26 @@ with no learned metric, the numbers of every table of this project (`measure`):
     drift      quality of the last frame over quality of the third (1: no drift)
     distance   how far the motion's distribution is from the world's: the Wasserstein-1 distance of speeds (pixels per
                frame) plus that of turning angles (radians)
+
+Real video comes from disk, encoded beforehand: the last section reads and writes folders of latents and text embeddings
+(`LatentFolder`, whose docstring is the format). What a draw gives depends, here as there, on its number only.
 """
 
+import hashlib
+import json
 import math
 import os
+import sys
+import zlib
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image, ImageDraw
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0)}
@@ -193,8 +203,12 @@ def measure(x: Tensor, prompts: Tensor, world: tuple[Tensor, Tensor]) -> dict:
 # Pictures
 
 def pixels(x: Tensor, scale: int = 5) -> np.ndarray:
-    """Latents of the toy world `... 3 h w` to bytes `... h w 3`, enlarged."""
-    x = (to_rgb(x).clamp(0, 1) * 255).round().byte().cpu()
+    """Latents `... c h w`, of the toy world where c = 3, to bytes `... h w 3`, enlarged."""
+    if x.shape[-3] != 3:  # latents of another world: three of their channels, for a first look
+        x = x[..., :3, :, :] * 0.25 + 0.5
+    else:
+        x = to_rgb(x)
+    x = (x.clamp(0, 1) * 255).round().byte().cpu()
     x = x.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     return rearrange(x, "... c h w -> ... h w c").numpy()
 
@@ -221,9 +235,224 @@ def sheet(rows: dict[str, Tensor], path: Path) -> None:
             ImageDraw.Draw(page).text((4, i * (h + 4) + h // 2 - 6), label, fill="black")
         return page
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     frames = {label: np.pad(pixels(x), [(0, 0)] * 2 + [(0, 2), (0, 2), (0, 0)]) for label, x in rows.items()}
     still = {label: rearrange(x[:2], "b f h w c -> h (b f w) c") for label, x in frames.items()}
     labelled(still).save(path.with_suffix(".png"))
     playing = [labelled({label: rearrange(x[:, i], "b h w c -> h (b w) c") for label, x in frames.items()})
                for i in range(next(iter(frames.values())).shape[1])]
     save_webp(path.with_suffix(".webp"), np.stack([np.array(page) for page in playing]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Latent folders on disk
+
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # dtypes that may be stored, by safetensors' names
+
+
+def write_shard(path: Path, samples: list[dict]) -> None:
+    """Write a shard of a LatentFolder, whose docstring has the format; only a complete file ever appears at `path`.
+
+    samples: dicts of `latents` (f c h w; in all or in none), `text` (l d), `caption` (str). Tensors are stored in the
+    dtype they come in: bfloat16 halves the disk space of float32. ValueError if some have latents and some have not.
+    """
+    if len({"latents" in sample for sample in samples}) != 1:
+        raise ValueError("got samples with latents and some without, or no sample, expected one kind in a shard")
+    kinds = ("latents", "text") if "latents" in samples[0] else ("text",)
+    about = {"captions": [sample["caption"] for sample in samples],
+             "crc32": [checksum(*[sample[kind] for kind in kinds]) for sample in samples]}
+    _write(path, {f"{i}.{kind}": sample[kind] for i, sample in enumerate(samples) for kind in kinds}, about)
+
+
+def write_null(path: Path, text: Tensor) -> None:
+    """Write null.safetensors of a LatentFolder: text `l d`, the embedding of no prompt or of the negative prompt."""
+    _write(path, {"text": text}, {})
+
+
+def _write(path, tensors, about):
+    path, fresh = Path(path), Path(f"{path}.writing")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # clone: safetensors refuses tensors that share memory, as one text for two clips does
+    tensors = {k: x.detach().cpu().clone(memory_format=torch.contiguous_format) for k, x in tensors.items()}
+    save_file(tensors, fresh, {"about": json.dumps(about)})
+    with open(fresh, "rb+") as f:
+        os.fsync(f.fileno())
+    os.replace(fresh, path)
+
+
+def checksum(*tensors: Tensor) -> int:
+    """zlib.crc32 over the bytes of tensors, one after the other, as a file holds them."""
+    crc = 0
+    for x in tensors:
+        crc = zlib.crc32(x.detach().cpu().flatten().contiguous().view(torch.uint8).numpy(), crc)
+    return crc
+
+
+def finite(x: Tensor) -> Tensor:
+    """x as float32; OSError if it has non-finite values."""
+    x = x.float()
+    if not x.isfinite().all():
+        raise OSError("it holds non-finite values")
+    return x
+
+
+@lru_cache(maxsize=2)  # a batch may reach from one epoch into the next
+def permutation(n: int, *key: int) -> Tensor:
+    """A random order of n samples that is a function of n and `key` only."""
+    return torch.randperm(n, generator=generator(*key))
+
+
+@lru_cache(maxsize=2)
+def open_folder(*how) -> "LatentFolder":
+    """LatentFolder(*how), opened once."""
+    return LatentFolder(*how)
+
+
+class LatentFolder:
+    """Encoded clips and their text embeddings in a folder, drawn in a random order that is known in advance.
+
+    The folder holds `*.safetensors` files, the shards, each complete in itself. A shard of n samples holds
+
+        0.latents, 1.latents, ... (n-1).latents    `f c h w`, what the VAE gave for the clip, scaled for the network
+        0.text, 1.text, ... (n-1).text             `l d`, what the text encoder gave for the caption, without padding
+        metadata "about"                           a JSON text: {"captions": [n strings], "crc32": [n integers]}
+
+    in any floating point dtype. crc32 is zlib.crc32 of a sample's bytes, first those of its latents, then those of its
+    text, as they lie in the file. A folder for stages that need no video has no latents in any shard (prompts-only).
+    One more file, `null.safetensors`, holds the tensor `text` (`l d`): no prompt, or the negative prompt, embedded.
+    To convert a data set, write a shard for every few hundred clips; then read them back:
+
+        data.write_shard("videos/0000.safetensors", [{"latents": x0, "text": text, "caption": "a cat"}, ...])
+        data.write_null("videos/null.safetensors", text_of_no_prompt)
+        x0, text = data.LatentFolder("videos", (21, 16, 60, 104), (512, 4096)).clips(range(8), seed)
+
+    shape: (f, c, h, w) wanted; longer clips are cut to their first f frames. text_shape: (l, d) wanted; shorter texts
+    are padded with zeros. Opening reads headers only; files are memory-mapped, and a draw reads just its samples.
+
+    A position says how many samples were drawn before since training began: step * batch + index in the global batch.
+    Every n positions are an epoch, a permutation of all n samples by `key` and the number of the epoch. So ranks that
+    take different positions share no sample within an epoch, and a resumed run needs no state.
+
+    on_bad: what to do about a shard that cannot be read, and a sample with a wrong crc32 or non-finite values. "stop":
+    ValueError. "skip": go on without the shard, and with the next sound sample of the same epoch in place of the bad
+    one; each is named once on stderr, and `skipped` counts how often a bad sample was passed over.
+
+    ValueError, naming file and sample, if a shape or dtype does not fit, and if there is nothing to read.
+    """
+
+    def __init__(self, path: Path, shape: tuple, text_shape: tuple, on_bad: str = "stop"):
+        if on_bad not in ("stop", "skip"):
+            raise ValueError(f"got {on_bad!r}, expected stop or skip: change --bad-data")
+        self.path, self.shape, self.text_shape, self.on_bad = Path(path), tuple(shape), tuple(text_shape), on_bad
+        self.captions, self.skipped, self.has_latents = [], 0, None
+        self._samples, self._bad, self._files, self._identity = [], set(), {}, []
+        for shard in sorted(self.path.glob("*.safetensors")):
+            if shard.name == "null.safetensors":
+                continue
+            try:
+                captions, crcs, has_latents = self._header(shard)
+            except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as e:
+                self._complain(f"shard {shard} ({type(e).__name__}: {e})")
+                continue
+            if self.has_latents not in (None, has_latents):
+                raise ValueError(f"got {shard} {'with' if has_latents else 'without'} latents, expected all shards of "
+                                 "a folder to have them, or none: change --data")
+            self.has_latents = has_latents
+            self.captions += captions
+            self._samples += [(shard, i, crc) for i, crc in enumerate(crcs)]
+            self._identity.append((shard.name, shard.stat().st_size, crcs))
+        if not self._samples:
+            raise ValueError(f"got no readable sample in {self.path}, expected *.safetensors files as "
+                             "data.LatentFolder describes them: change --data")
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def clips(self, positions, *key: int) -> tuple[Tensor, Tensor]:
+        """The samples at `positions`, whole numbers, in the order of `key`: x0 `b f c h w`, text `b l d`, float32.
+
+        ValueError if the folder is prompts-only, and for damage, see on_bad.
+        """
+        if not self.has_latents:
+            raise ValueError(f"got the prompts-only folder {self.path}, expected latents: this stage needs video: "
+                             "change --data")
+        x0, text = zip(*[self._draw(int(p), key) for p in positions])
+        return torch.stack(x0), torch.stack(text)
+
+    def texts(self, positions, *key: int) -> Tensor:
+        """Their text alone, float32 `b l d`. Latents are verified as well, so that the samples are those of `clips`."""
+        return torch.stack([self._draw(int(p), key)[1] for p in positions])
+
+    @cached_property
+    def null_text(self) -> Tensor:
+        """The embedding of no prompt, or of the negative prompt, float32 `l d`. ValueError if it cannot be read."""
+        path = self.path / "null.safetensors"
+        try:
+            with safe_open(path, "pt") as f:
+                self._check(f"text in {path}", "text", f.get_slice("text"))
+                return self._padded(finite(f.get_tensor("text")))
+        except (SafetensorError, OSError) as e:
+            raise ValueError(f"got no readable {path} ({e}), expected the embedding `l d` of the empty or the negative "
+                             "prompt, for guidance: write it with data.write_null, or change --data") from e
+
+    def digest(self) -> str:
+        """A short hex string of the shards' names, sizes, sample counts and checksums: equal for equal data."""
+        return hashlib.sha256(json.dumps(self._identity).encode()).hexdigest()[:12]
+
+    def _header(self, shard):
+        """Captions, crc32, and whether there are latents, after all that the header tells has been checked."""
+        with safe_open(shard, "pt") as f:
+            about, names = json.loads((f.metadata() or {})["about"]), set(f.keys())
+            n, kinds = len(about["captions"]), ("latents", "text") if "0.latents" in names else ("text",)
+            if n == 0 or n != len(about["crc32"]) or names != {f"{i}.{kind}" for i in range(n) for kind in kinds}:
+                raise OSError(f"its {len(names)} tensors, captions and crc32 do not make samples 0 to n-1")
+            for i in range(n):
+                for kind in kinds:
+                    self._check(f"{kind} of sample {i} in {shard}", kind, f.get_slice(f"{i}.{kind}"))
+        return about["captions"], about["crc32"], "latents" in kinds
+
+    def _check(self, what, kind, stored):
+        """stored: a safetensors slice, which knows dtype and shape before anything is read."""
+        dtype, got = stored.get_dtype(), tuple(stored.get_shape())
+        if dtype not in FLOATS:
+            raise ValueError(f"got {what} of dtype {dtype}, expected one of {', '.join(FLOATS)}: change --data")
+        if kind == "latents" and (got[1:] != self.shape[1:] or got[0] < self.shape[0]):
+            raise ValueError(f"got {what} of shape {got}, expected {self.shape} or longer: change --frames, --height, "
+                             "--width, --size or --data")
+        if kind == "text" and (got[1:] != self.text_shape[1:] or got[0] > self.text_shape[0]):
+            raise ValueError(f"got {what} of shape {got}, expected {self.text_shape} or shorter: change --size or "
+                             "--data")
+
+    def _draw(self, position, key):
+        """Latents (None if there are none) and text at a position, or of the next sound sample of its epoch."""
+        n = len(self)
+        epoch, start = divmod(position, n)
+        order = permutation(n, *key, epoch)
+        for i in range(n):
+            sample = self._samples[order[(start + i) % n]]
+            try:
+                if sample not in self._bad:
+                    return self._read(*sample)
+            except (SafetensorError, OSError) as e:
+                self._complain(f"sample {sample[1]} of {sample[0]} ({e})")
+                self._bad.add(sample)
+            self.skipped += 1
+        raise ValueError(f"got only damaged samples in {self.path}, expected at least a sound one: change --data")
+
+    def _read(self, shard, i, crc):
+        if shard not in self._files:
+            self._files[shard] = safe_open(shard, "pt")
+        stored = [self._files[shard].get_tensor(f"{i}.{kind}") for kind in ("latents", "text")[not self.has_latents:]]
+        if checksum(*stored) != crc:
+            raise OSError("its bytes do not match its crc32")
+        *x0, text = [finite(x) for x in stored]
+        return x0[0][:self.shape[0]] if x0 else None, self._padded(text)
+
+    def _padded(self, text):
+        return torch.nn.functional.pad(text, (0, 0, 0, self.text_shape[0] - len(text)))
+
+    def _complain(self, damaged):
+        if self.on_bad == "stop":
+            raise ValueError(f"got the damaged {damaged}, expected it complete and finite: write the file again, or "
+                             "give --bad-data skip")
+        print(f"warning: left out the damaged {damaged}", file=sys.stderr)

@@ -34,6 +34,7 @@ Where we differ from the public causal code, and why
 import json
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -44,6 +45,7 @@ from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def check_window(window, sink, chunk):
@@ -81,6 +83,8 @@ SIZES = {
     # 4 tokens of 5 x 5 RGB pixels per 10 x 10 frame, prompts of two words: see data.py
     "toy": WanConfig(dim=128, ffn_dim=512, num_heads=8, num_layers=4, in_dim=3, patch_size=(1, 5, 5), freq_dim=64,
                      text_dim=16, text_len=2),
+    "toy_large": WanConfig(dim=192, ffn_dim=768, num_heads=8, num_layers=6, in_dim=3, patch_size=(1, 5, 5), freq_dim=64,
+                           text_dim=16, text_len=2),  # a teacher for --teacher-size
     "wan1.3b": WanConfig(),
     "wan14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
 }
@@ -146,34 +150,34 @@ def visible(past: int, chunk: int, window: int | None, sink: int) -> list[int]:
 
 
 class Cache:
-    """The clean past of a rollout: per layer its keys (before RoPE) and values, `b (f s) nh dh`, without gradient.
+    """The clean past of a rollout: per layer and frame its keys (before RoPE) and values `b s nh dh`, without gradient.
 
-    frames: the positions of the frames held. `next_frame` counts the frames committed so far, held or dropped.
+    Frames are kept apart and joined where they are used, so a graph that waits for its backward shares them with the
+    cache, and with all other chunks. frames: the positions of the frames held. `next_frame` counts the frames committed
+    so far, held or dropped.
     """
 
     def __init__(self, num_layers: int, window: int | None = None, sink: int = 0, relative: bool = False):
         check_window(window, sink, chunk=1)
         self.window, self.sink, self.relative = window, sink, relative
-        self.keys: list[Tensor | None] = [None] * num_layers
-        self.values: list[Tensor | None] = [None] * num_layers
+        self.keys: list[list[Tensor]] = [[] for _ in range(num_layers)]
+        self.values: list[list[Tensor]] = [[] for _ in range(num_layers)]
         self.frames: list[int] = []
         self.next_frame = 0
 
     def seen_by(self, chunk: int):
-        """What a next chunk of `chunk` frames sees: per layer keys and values (None if empty), and frame positions."""
+        """What a next chunk of `chunk` frames sees: per layer the keys and values of each frame; their positions."""
         check_window(self.window, self.sink, chunk)
         keep = visible(len(self.frames), chunk, self.window, self.sink)
-        if len(keep) == len(self.frames):
-            return self.keys, self.values, self.frames
-        def pick(x):
-            return x.unflatten(1, (len(self.frames), -1))[:, keep].flatten(1, 2)
-        return [pick(k) for k in self.keys], [pick(v) for v in self.values], [self.frames[i] for i in keep]
+        keys, values = ([[layer[i] for i in keep] for layer in held] for held in (self.keys, self.values))
+        return keys, values, [self.frames[i] for i in keep]
 
     def write(self, keys: list[Tensor], values: list[Tensor], frames: int):
-        """Add a chunk of `frames` frames; forget what chunks of this length cannot see, so that memory stays flat."""
+        """Add a chunk of `frames` frames, per layer `b (f s) nh dh`; forget what chunks of this length cannot see, so
+        that memory stays flat."""
         old_keys, old_values, positions = self.seen_by(frames)
-        self.keys = [k if old is None else torch.cat([old, k], 1) for old, k in zip(old_keys, keys)]
-        self.values = [v if old is None else torch.cat([old, v], 1) for old, v in zip(old_values, values)]
+        self.keys = [[*old, *k.chunk(frames, dim=1)] for old, k in zip(old_keys, keys)]
+        self.values = [[*old, *v.chunk(frames, dim=1)] for old, v in zip(old_values, values)]
         self.frames = [*positions, *range(self.next_frame, self.next_frame + frames)]
         self.next_frame += frames
 
@@ -190,10 +194,10 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = nn.RMSNorm(dim, eps=eps), nn.RMSNorm(dim, eps=eps)
 
-    def forward(self, x, context, attend):
+    def qkv(self, x, context):
+        """Queries of x `b n d`, keys and values of context `b m d`, each `b _ nh dh`."""
         q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)
-        q, k, v = (rearrange(z, "b n (nh dh) -> b n nh dh", nh=self.num_heads) for z in (q, k, v))
-        return self.o(attend(q, k, v).flatten(2))
+        return tuple(rearrange(z, "b n (nh dh) -> b n nh dh", nh=self.num_heads) for z in (q, k, v))
 
 
 def modulate(x, shift, scale):
@@ -220,11 +224,20 @@ class Block(nn.Module):
 
     def forward(self, x, time, text, attend):
         """x `b (f s) d`, time `b f 6 d`, text `b l d`; attend(q, k, v) is this layer's layout."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation[:, None] + time).unbind(2)  # (b f d)
-        y = modulate(self.norm1(x), shift1, scale1)
-        x = gated(x, self.self_attn(y, y, attend), gate1)
-        x = x + self.cross_attn(self.norm3(x), text, attention)
-        return gated(x, self.ffn(modulate(self.norm2(x), shift2, scale2)), gate2)
+        return self.after(x, attend(*self.before(x, time)), time, text)
+
+    def before(self, x, time):
+        """Queries, keys and values of self-attention. It is apart from `after` so that both can be compiled whole."""
+        shift, scale = (self.modulation[:, None] + time)[:, :, :2].unbind(2)  # (b f d)
+        y = modulate(self.norm1(x), shift, scale)
+        return self.self_attn.qkv(y, y)
+
+    def after(self, x, attended, time, text):
+        """All that follows self-attention. attended `b (f s) nh dh`."""
+        gate1, shift, scale, gate2 = (self.modulation[:, None] + time)[:, :, 2:].unbind(2)
+        x = gated(x, self.self_attn.o(attended.flatten(2)), gate1)
+        x = x + self.cross_attn.o(attention(*self.cross_attn.qkv(self.norm3(x), text)).flatten(2))
+        return gated(x, self.ffn(modulate(self.norm2(x), shift, scale)), gate2)
 
 
 class Head(nn.Module):
@@ -251,10 +264,15 @@ class CausalWan(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
         self.head = Head(c)
+        self.checkpointing = False  # recompute each block in the backward pass: little memory, a third more compute
 
-    @torch.no_grad()
-    def init_weights(self, seed: int):
-        """Random weights for training from scratch, from their own generator. The head starts at zero.
+    def compile_blocks(self):
+        """torch.compile for all of a block but its self-attention, whose layout changes from call to call."""
+        for block in self.blocks:
+            block.before, block.after = torch.compile(block.before), torch.compile(block.after)
+
+    def random_weights(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """Weights for training from scratch, name by name, from their own generator. The head starts at zero.
 
         Wan's Xavier initialisation, but for three things that let a small model learn in minutes. RoPE is a token's
         only sense of position, and it acts through q and k of self-attention: their biases start random, so that each
@@ -263,21 +281,25 @@ class CausalWan(nn.Module):
         """
         g = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
-            normal = torch.randn(p.shape, generator=g)
+            shape = p.shape
+            w = torch.randn(shape, generator=g)
             if name == "head.head.weight":
-                p.zero_()
+                w.zero_()
             elif name.endswith("modulation"):
-                p.copy_(normal / self.config.dim**0.5)
-            elif name.startswith(("text_embedding", "time_embedding")) and p.ndim == 2:
-                p.copy_(normal / p.shape[1] ** 0.5)
-            elif p.ndim >= 2:
-                p.copy_(normal * (2 / (p[0].numel() + p.shape[0])) ** 0.5)
-            elif name.endswith(("self_attn.q.bias", "self_attn.k.bias")):
-                p.copy_(normal)
+                w /= self.config.dim**0.5
+            elif name.startswith(("text_embedding", "time_embedding")) and len(shape) == 2:
+                w /= shape[1] ** 0.5
+            elif len(shape) >= 2:
+                w *= (2 / (shape[1:].numel() + shape[0])) ** 0.5
             elif name.endswith(("norm_q.weight", "norm_k.weight")):
-                p.fill_(2.0)
-            else:
-                p.fill_(1.0 if name.endswith("norm3.weight") else 0.0)
+                w.fill_(2.0)
+            elif not name.endswith(("self_attn.q.bias", "self_attn.k.bias")):
+                w.fill_(1.0 if name.endswith("norm3.weight") else 0.0)
+            yield name, w
+
+    def init_weights(self, seed: int):
+        """Fill with random_weights."""
+        self.load_state_dict(dict(self.random_weights(seed)))
         return self
 
     def forward(self, x, t, text, *, chunk=None, clean=None, cache=None, commit=False, until=None) -> Tensor:
@@ -306,8 +328,8 @@ class CausalWan(nn.Module):
         else:
             layout = self._bidirectional(f, h, w, x.device)
 
-        tokens = rearrange(self.patch_embedding(rearrange(x, "b f c h w -> b c f h w")), "b d f h w -> b (f h w) d")
-        dtype = tokens.dtype
+        dtype, tokens = self.patch_embedding.weight.dtype, rearrange(x, "b f c h w -> b c f h w")
+        tokens = rearrange(self.patch_embedding(tokens.to(dtype)), "b d f h w -> b (f h w) d")
         time = self.time_embedding(sinusoid(t, c.freq_dim).to(dtype))  # (b f d)
         time6 = self.time_projection(time).unflatten(-1, (6, -1))  # (b f 6 d)
         text = self.text_embedding(text.to(dtype))
@@ -316,14 +338,18 @@ class CausalWan(nn.Module):
                 if commit:
                     written.append((k.detach(), v.detach()))
                 return layout(layer, q, k, v)
-            tokens = block(tokens, time6, text, attend)
+            if self.checkpointing and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, time6, text, attend, use_reentrant=False, preserve_rng_state=False)
+            else:
+                tokens = block(tokens, time6, text, attend)
         if commit:
             cache.write([k for k, _ in written], [v for _, v in written], f)
         if clean is not None:
             tokens, time = tokens[b:], time[b:]
         if until is not None:
             return tokens.unflatten(1, (f, -1))
-        return rearrange(self.head(tokens, time), "b (f h w) (p q c) -> b f c (h p) (w q)", f=f, h=h, p=ph, q=pw)
+        v = rearrange(self.head(tokens, time), "b (f h w) (p q c) -> b f c (h p) (w q)", f=f, h=h, p=ph, q=pw)
+        return v.to(x.dtype)
 
     def new_cache(self, window: int | None = None, sink: int | None = None, relative: bool = False) -> Cache:
         """An empty past. window and sink (frames) default to the config's."""
@@ -375,8 +401,7 @@ class CausalWan(nn.Module):
         n = f * h * w
 
         def attend(layer, q, k, v):
-            if keys[layer] is not None:
-                k, v = torch.cat([keys[layer], k], 1), torch.cat([values[layer], v], 1)
+            k, v = torch.cat([*keys[layer], k], 1), torch.cat([*values[layer], v], 1)
             return attention(rotate(q, (cos[-n:], sin[-n:])), rotate(k, (cos, sin)), v)
 
         return attend
@@ -400,8 +425,9 @@ class CausalWan(nn.Module):
             raise ValueError("with a cache, x is one chunk: give neither chunk nor clean")
         if commit and cache is None:
             raise ValueError("commit writes into a cache: give cache=net.new_cache()")
-        if cache is not None and cache.frames and len(cache.keys[0]) != b:
-            raise ValueError(f"x holds {b} clips, the cache {len(cache.keys[0])}: start a new cache for another batch")
+        if cache is not None and cache.frames and len(cache.keys[0][0]) != b:
+            raise ValueError(f"x holds {b} clips, the cache {len(cache.keys[0][0])}: start a new cache for another "
+                             "batch")
         if chunk is not None:
             if chunk < 1 or f % chunk:
                 raise ValueError(f"{f} frames do not divide into chunks of {chunk}: change --frames or --chunk")
@@ -440,8 +466,8 @@ def about_of(path: Path) -> dict:
     return read_tensors(path, only_about=True)[1]
 
 
-def load_weights(net: CausalWan, weights: dict[str, Tensor], path) -> CausalWan:
-    """load_state_dict(strict=True), with a message that names the file and the first tensors that do not fit."""
+def check_weights(net: CausalWan, weights: dict[str, Tensor], path) -> None:
+    """ValueError that names the first tensors of a file that do not fit the network."""
     own = {k: tuple(v.shape) for k, v in net.state_dict().items()}
     got = {k: tuple(v.shape) for k, v in weights.items()}
     if own != got:
@@ -449,5 +475,10 @@ def load_weights(net: CausalWan, weights: dict[str, Tensor], path) -> CausalWan:
         first = "; ".join(f"{k}: got {got.get(k, 'nothing')}, expected {own.get(k, 'nothing')}" for k in wrong[:3])
         raise ValueError(f"{path} does not fit this model in {len(wrong)} tensors ({first}): change --size or "
                          "--checkpoint")
+
+
+def load_weights(net: CausalWan, weights: dict[str, Tensor], path) -> CausalWan:
+    """load_state_dict(strict=True), with check_weights' message."""
+    check_weights(net, weights, path)
     net.load_state_dict(weights)
     return net

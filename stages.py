@@ -11,12 +11,14 @@ loop, the files of a run and the command line are train.py's; the methods that t
 baselines.py's, made of the same parts. cfg is train.Config.
 
 Every random draw is a function of (seed, kind of stage, step, index in the batch), never of what was drawn before, so
-a stopped run goes on as if it had never stopped, and methods of one kind meet the same noise.
+a stopped run goes on as if it had never stopped, and methods of one kind meet the same noise. What is drawn for the
+whole batch is drawn whole, and then `[part]` of it is used: a slice of the batch, all of it in one process, a share
+where several ranks or --accum steps divide the work.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,10 +27,12 @@ from torch import Tensor
 import align
 import data
 import dmd
+import flops
+import fsdp
 import sc_loss
 from causal_cd import causal_cd_loss, draw_index
 from flowmap import Guided, flow_matching_loss, schedule, warp
-from model import SIZES, CausalWan, load_weights, read_tensors
+from model import SIZES, CausalWan, check_weights, read_tensors
 from rollout import grids, shared_noise, stream
 
 KINDS = ("bidirectional", "teacher_forcing", "trajectory", "dmd")  # which settings a stage reads: --KIND-steps, ...
@@ -51,6 +55,7 @@ class Training:
     optimizers: dict  # name -> optimizer
     update: Callable[[int], dict]  # step -> metrics
     cost: dict = field(default_factory=dict)  # what was spent before the first update: data_seconds, data_bytes
+    pictures: dict = field(default_factory=dict)  # label -> clips of the last update, to look at
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -64,31 +69,55 @@ def draws(cfg, kind, step, purpose=STEER, which=0) -> torch.Generator:
     return data.generator(purpose, cfg.seed, KINDS.index(kind), step, which)
 
 
-def noise_like(cfg, kind, step, shape, purpose=NOISE, which=0) -> Tensor:
-    """Noise `b *shape`, b the batch of this kind of stage; sample i has its own generator."""
+def noise_like(cfg, kind, step, part, shape, purpose=NOISE, which=0) -> Tensor:
+    """Noise `b *shape` of a part of the batch; sample i has its own generator."""
     key = (purpose, cfg.seed, KINDS.index(kind), step, which)
-    return data.noises(range(getattr(cfg, f"{kind}_batch")), shape, *key).to(cfg.device)
+    return data.noises(range(cfg.batch)[part], shape, *key).to(cfg.device)
 
 
-def batch(cfg, kind, step) -> tuple[Tensor, Tensor]:
-    """Clips `b f c h w` never seen before and their text `b l d`, some of it dropped where guidance is learned: a
-    student of DMD is sampled without."""
-    size = getattr(cfg, f"{kind}_batch")
-    key = (CLIPS, cfg.seed, KINDS.index(kind))
-    x0, prompts = data.clips(range(step * size, (step + 1) * size), cfg.frames, *key)
+def batch(cfg, kind, step, part) -> tuple[Tensor, Tensor]:
+    """Clips `b f c h w` and their text `b l d`, some of it dropped where guidance is learned: a student of DMD is
+    sampled without."""
+    key, positions = (CLIPS, cfg.seed, KINDS.index(kind)), range(step * cfg.batch, (step + 1) * cfg.batch)[part]
+    if cfg.data == "random":
+        x0, text = data.noises(positions, video_shape(cfg), *key), random_texts(cfg, positions, *key)
+    elif cfg.data:
+        x0, text = folder(cfg).clips(positions, *key)
+    else:
+        x0, prompts = data.clips(positions, cfg.frames, *key)  # never seen before
+        text = data.embed(prompts)
+    x0, text = x0.to(cfg.device), text.to(cfg.device)
     dropout = 0 if kind == "dmd" else cfg.prompt_dropout
-    kept = torch.rand(size, 1, 1, generator=draws(cfg, kind, step, DROP)) >= dropout
-    return x0.to(cfg.device), (data.embed(prompts) * kept).to(cfg.device)
+    if dropout > 0:
+        kept = torch.rand(cfg.batch, 1, 1, generator=draws(cfg, kind, step, DROP))[part] >= dropout
+        text = torch.where(kept.to(cfg.device), text, null_text(cfg))
+    return x0, text
 
 
-def prompts_only(cfg, step, which) -> Tensor:
+def prompts_only(cfg, step, part, which) -> Tensor:
     """Text of random prompts: rollouts need no video."""
+    if cfg.data:
+        first = (step * (1 + cfg.critic_steps) + which) * cfg.batch
+        positions, key = range(first, first + cfg.batch)[part], (PROMPTS, cfg.seed)
+        text = random_texts(cfg, positions, *key) if cfg.data == "random" else folder(cfg).texts(positions, *key)
+        return text.to(cfg.device)
     g = draws(cfg, "dmd", step, PROMPTS, which)
-    return data.embed(torch.randint(len(data.PROMPTS), (cfg.dmd_batch,), generator=g)).to(cfg.device)
+    return data.embed(torch.randint(len(data.PROMPTS), (cfg.batch,), generator=g)[part]).to(cfg.device)
 
 
 def video_shape(cfg) -> tuple:
-    return cfg.frames, SIZES[cfg.size].in_dim, data.SIZE, data.SIZE
+    return cfg.frames, SIZES[cfg.size].in_dim, cfg.height, cfg.width
+
+
+def random_texts(cfg, positions, *key) -> Tensor:
+    c = SIZES[cfg.size]
+    return data.noises(positions, (c.text_len, c.text_dim), *key, 1)
+
+
+def folder(cfg):
+    """The clips and prompts of --data."""
+    c = SIZES[cfg.size]
+    return data.open_folder(cfg.data, video_shape(cfg), (c.text_len, c.text_dim), cfg.bad_data)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -98,9 +127,19 @@ def path_of(cfg, stage, kind="") -> Path:
     return Path(cfg.out) / f"{stage}{kind}.safetensors"
 
 
+def is_finished(cfg, stage) -> bool:
+    """The raw weights are written first, so the EMA's file says that both are there."""
+    ema, raw = path_of(cfg, stage), path_of(cfg, stage, "_raw")
+    if ema.exists() and not raw.exists():
+        raise ValueError(f"got {ema} without {raw}, expected both: restore it, or delete the first to train again")
+    return ema.exists()
+
+
 def finished(cfg, stage, kind="") -> dict[str, Tensor]:
     """The weights that a finished stage left in --out; ValueError if they are missing, damaged or another's."""
     path = path_of(cfg, stage, kind)
+    if dry_run(cfg):
+        return {}
     if not path.is_file():
         raise ValueError(f"got no file {path}, expected the checkpoint of stage {stage}: run `python train.py --stage "
                          f"{stage} --out {cfg.out}` first, or change --out")
@@ -111,16 +150,46 @@ def finished(cfg, stage, kind="") -> dict[str, Tensor]:
     return weights
 
 
-def build(cfg, weights: dict | None = None, seed=0, windowed=False) -> CausalWan:
-    """A network, with weights or to be trained from scratch. windowed: its rollouts see --window frames, --sink of
-    them the first of the clip (LongLive)."""
-    config = SIZES[cfg.size]
+def build(cfg, weights: dict | None = None, seed=0, windowed=False, size="", dtype=torch.float32) -> CausalWan:
+    """A network on its device and its ranks, with weights or to be trained from scratch. windowed: its rollouts see
+    --window frames, --sink of them the first of the clip (LongLive)."""
+    config = SIZES[size or cfg.size]
     if windowed:
         config = replace(config, window=cfg.window or None, sink=cfg.sink)
-    net = CausalWan(config).init_weights(seed)
+    if dry_run(cfg):  # on the meta device all is as in the forward
+        dtype = low_precision(cfg)
+    with torch.device("meta"):
+        net = flops.count(CausalWan(config).to(dtype))
+    net.checkpointing = bool(cfg.checkpointing)
     if weights:
-        load_weights(net, weights, "the checkpoint")
-    return net.to(cfg.device)
+        check_weights(net, weights, "the checkpoint")
+    if cfg.compile:
+        net.compile_blocks()
+    if dry_run(cfg):
+        return net
+    net = fsdp.shard(net, cfg.precision, cfg.gather, "a network").to_empty(device=cfg.device)
+    fsdp.fill(net, weights.items() if weights else net.random_weights(seed))
+    return net
+
+
+def dry_run(cfg) -> bool:
+    """plan.py runs a stage without numbers, to see what it needs."""
+    return cfg.device == "meta"
+
+
+def low_precision(cfg):
+    return torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+
+
+def build_teacher(cfg, weights, **size) -> CausalWan:
+    """A network that is only asked, never trained: without gradients or fp32 weights behind it."""
+    return frozen(build(cfg, weights, dtype=low_precision(cfg), **size))
+
+
+def score_teacher(cfg, stage) -> CausalWan:
+    """The teacher of DMD, of --teacher-size from --teacher-out if these are given."""
+    size, out = cfg.teacher_size or cfg.size, cfg.teacher_out or cfg.out
+    return build_teacher(cfg, finished(replace(cfg, size=size, out=out), stage), size=size)
 
 
 def frozen(net):
@@ -133,8 +202,10 @@ def guide(cfg, net, w):
 
 
 def null_text(cfg):
+    """The text of "no prompt" `l d`."""
     c = SIZES[cfg.size]
-    return torch.zeros(c.text_len, c.text_dim, device=cfg.device)
+    stored = cfg.data not in ("", "random")
+    return (folder(cfg).null_text if stored else torch.zeros(c.text_len, c.text_dim)).to(cfg.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,17 +215,29 @@ def adamw(net, betas=(0.9, 0.95)):
     return torch.optim.AdamW(net.parameters(), lr=0, betas=betas, weight_decay=0.01)
 
 
-def descend(cfg, net, optimizer, loss, lr, flag) -> Tensor:
-    """One step of an optimizer. Returns the gradient norm; FloatingPointError, naming the lr's flag, if not finite."""
+def descend(cfg, net, optimizer, loss_of: Callable, lr, flag) -> dict:
+    """One step of an optimizer on the mean over the batch of loss_of(part) -> (loss, metrics), part by part.
+
+    Returns the mean metrics and grad_norm; FloatingPointError, before anything has changed, if one is not finite.
+    """
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip_norm)
-    if not torch.isfinite(norm):
-        raise FloatingPointError(f"got a non-finite loss or gradient, expected a finite one: try a smaller {flag}")
+    seen = []
+    for part in fsdp.my_parts(cfg.batch, cfg.accum):
+        loss, metrics = loss_of(part)
+        (loss / cfg.accum).backward()
+        seen.append({k: torch.as_tensor(v).detach() for k, v in ({"loss": loss} | metrics).items()})
+    metrics = {k: torch.stack([m[k].float() for m in seen]).mean(0) for k in seen[0]}
+    metrics["grad_norm"] = fsdp.whole(torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip_norm))
+    here, metrics = metrics, fsdp.mean(metrics)
+    if not dry_run(cfg) and not all(v.isfinite().all() for v in metrics.values()):
+        bad = fsdp.everyone(next((k for k, v in here.items() if not v.isfinite().all()), ""))
+        where = ", ".join(f"{name} on rank {rank}" for rank, name in enumerate(bad) if name)
+        raise FloatingPointError(f"got a non-finite {where}, expected finite numbers: try a smaller {flag}")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
-    return norm
+    fsdp.forget_gathered(net)
+    return metrics
 
 
 @torch.no_grad()
@@ -162,6 +245,7 @@ def average(ema, net, decay, step):
     """ema <- decay ema + (1 - decay) net, with a smaller decay at first, so that the start is forgotten."""
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+    fsdp.forget_gathered(ema)
 
 
 def warm_then_decay(step, steps):
@@ -170,13 +254,12 @@ def warm_then_decay(step, steps):
 
 
 def regression(cfg, kind, net, ema, loss_of, decay, cost=None) -> Training:
-    """Train net on loss_of(step) -> (loss, metrics), and average it: every stage but those of DMD."""
+    """Train net on loss_of(step, part) -> (loss, metrics), and average it: every stage but those of DMD."""
     optimizer, steps = adamw(net), cfg.steps_of(kind)
 
     def update(step):
-        loss, metrics = loss_of(step)
         lr = getattr(cfg, f"{kind}_lr") * warm_then_decay(step, steps)
-        metrics["grad_norm"] = descend(cfg, net, optimizer, loss, lr, f"--{kind}-lr".replace("_", "-"))
+        metrics = descend(cfg, net, optimizer, partial(loss_of, step), lr, f"--{kind}-lr".replace("_", "-"))
         average(ema, net, decay, step)
         return metrics
 
@@ -188,44 +271,45 @@ def regression(cfg, kind, net, ema, loss_of, decay, cost=None) -> Training:
 
 def bidirectional(cfg, start) -> Training:
     """Flow matching on whole clips."""
-    net = build(cfg, seed=cfg.seed)
+    net, ema = build(cfg, seed=cfg.seed), frozen(build(cfg, seed=cfg.seed))
 
-    def loss_of(step):
-        x0, text = batch(cfg, "bidirectional", step)
-        eps = noise_like(cfg, "bidirectional", step, x0.shape[1:])
-        u = torch.rand(len(x0), cfg.frames // cfg.chunk, generator=draws(cfg, "bidirectional", step))
+    def loss_of(step, part):
+        x0, text = batch(cfg, "bidirectional", step, part)
+        eps = noise_like(cfg, "bidirectional", step, part, x0.shape[1:])
+        u = torch.rand(cfg.batch, cfg.frames // cfg.chunk, generator=draws(cfg, "bidirectional", step))
         u[::2] = u[::2, :1]  # one time for the clip, as in sampling; in the other half one per chunk, faster (ours)
-        t = warp(u.repeat_interleave(cfg.chunk, 1), cfg.train_shift).to(x0.device)
+        t = warp(u[part].repeat_interleave(cfg.chunk, 1), cfg.train_shift).to(x0.device)
         return flow_matching_loss(net, x0, text, t, eps)
 
-    return regression(cfg, "bidirectional", net, frozen(copy.deepcopy(net)), loss_of, cfg.ema)
+    return regression(cfg, "bidirectional", net, ema, loss_of, cfg.ema)
 
 
 def teacher_forcing(cfg, start) -> Training:
     """CF++ Stage 1: flow matching of every chunk given its clean past."""
-    net = build(cfg, finished(cfg, start))
+    weights = finished(cfg, start)
+    net, ema = build(cfg, weights), frozen(build(cfg, weights))
 
-    def loss_of(step):
-        x0, text = batch(cfg, "teacher_forcing", step)
-        eps = noise_like(cfg, "teacher_forcing", step, x0.shape[1:])
-        u = torch.rand(len(x0), cfg.frames // cfg.chunk, generator=draws(cfg, "teacher_forcing", step))
-        t = warp(u.repeat_interleave(cfg.chunk, 1), cfg.train_shift).to(x0.device)
+    def loss_of(step, part):
+        x0, text = batch(cfg, "teacher_forcing", step, part)
+        eps = noise_like(cfg, "teacher_forcing", step, part, x0.shape[1:])
+        u = torch.rand(cfg.batch, cfg.frames // cfg.chunk, generator=draws(cfg, "teacher_forcing", step))
+        t = warp(u[part].repeat_interleave(cfg.chunk, 1), cfg.train_shift).to(x0.device)
         return flow_matching_loss(net, x0, text, t, eps, chunk=cfg.chunk, clean=x0)
 
-    return regression(cfg, "teacher_forcing", net, frozen(copy.deepcopy(net)), loss_of, cfg.ema)
+    return regression(cfg, "teacher_forcing", net, ema, loss_of, cfg.ema)
 
 
 def causal_cd(cfg, start) -> Training:
     """CF++ Stage 2, Eq. 3: consistency along the ODE of the autoregressive teacher, the net it starts from."""
     weights = finished(cfg, start)
-    teacher = guide(cfg, frozen(build(cfg, weights)), cfg.guidance)
+    teacher = guide(cfg, build_teacher(cfg, weights), cfg.guidance)
     net, ema = build(cfg, weights), frozen(build(cfg, weights))
     grid = schedule(cfg.trajectory_grid, cfg.shift)
 
-    def loss_of(step):
-        x0, text = batch(cfg, "trajectory", step)
-        eps = noise_like(cfg, "trajectory", step, x0.shape[1:])
-        index = draw_index(len(x0), cfg.frames, cfg.chunk, len(grid), draws(cfg, "trajectory", step))
+    def loss_of(step, part):
+        x0, text = batch(cfg, "trajectory", step, part)
+        eps = noise_like(cfg, "trajectory", step, part, x0.shape[1:])
+        index = draw_index(cfg.batch, cfg.frames, cfg.chunk, len(grid), draws(cfg, "trajectory", step))[part]
         return causal_cd_loss(net, ema, teacher, x0, text, grid, index, eps, cfg.chunk)
 
     return regression(cfg, "trajectory", net, ema, loss_of, cfg.trajectory_ema)
@@ -236,8 +320,9 @@ def causal_cd(cfg, start) -> Training:
 
 @dataclass
 class Made:
-    """What a generator made for one update: clips x0 `b f c h w` (with gradient) and their text."""
+    """What a generator made for a part of one update: clips x0 `b f c h w` (with gradient) and their text."""
 
+    part: slice
     x0: Tensor
     text: Tensor
     terms: dict = field(default_factory=dict)  # further losses; "sc" is added with weight --lambda-sc
@@ -250,53 +335,64 @@ def no_terms(*_):
     return {}
 
 
-def distribution_matching(cfg, net, teacher, critic, make, more_terms=no_terms, critic_terms=no_terms,
-                          head=None, ema=None) -> Training:
+def distribution_matching(cfg, net, ema, teacher, critic, make, more_terms=no_terms, critic_terms=no_terms,
+                          head=None) -> Training:
     """The round of every DMD method (Salt Eq. 4, 10, 13; CF++ Eq. 6, 7): `critic_steps` times the critic learns what
     the generator makes, then the generator takes one step against the difference of the scores.
 
-    make(step, which, g) -> Made: which = 0 for the generator's step, 1, 2, ... for the critic's (without gradient); g
-    for draws that are made once for the batch. more_terms(step, made, t, eps, g): further losses, by name, of the
-    generator at the time and with the noise at which the scores are compared; critic_terms(step, which, made, t, eps):
-    of the critic, and of the head on its features where there is one. A term NAME has the weight --lambda-NAME. ema: a
-    copy of net that becomes its average, where a term needs it; else it is made here.
+    make(step, part, which, g) -> Made: which = 0 for the generator's step, 1, 2, ... for the critic's (without
+    gradient); g for draws that are made once for the batch. more_terms(step, made, t, eps, g): further losses, by name,
+    of the generator at the time and with the noise at which the scores are compared; critic_terms(step, which, made, t,
+    eps): of the critic, and of the head on its features where there is one. A term NAME has the weight --lambda-NAME.
     """
-    ema = frozen(copy.deepcopy(net)) if ema is None else ema
     trained = torch.nn.ModuleList([critic] if head is None else [critic, head])
     optimizer, critic_optimizer = adamw(net, (0.0, 0.999)), adamw(trained, (0.0, 0.999))
-    real, updates = guide(cfg, teacher, cfg.score_guidance), cfg.steps_of("dmd")
+    real, updates, pictures = guide(cfg, teacher, cfg.score_guidance), cfg.steps_of("dmd"), {}
 
     def weighted(loss, terms):
         return loss + sum(getattr(cfg, f"lambda_{name}") * term for name, term in terms.items())
 
-    def renoising(x0, step, which, g):
-        t = dmd.score_times(len(x0), cfg.frames, cfg.score_shift, g).to(cfg.device)
-        return t, noise_like(cfg, "dmd", step, x0.shape[1:], RENOISE, which)
+    def renoising(made, step, which, g):
+        t = dmd.score_times(cfg.batch, cfg.frames, cfg.score_shift, g)[made.part].to(cfg.device)
+        return t, noise_like(cfg, "dmd", step, made.part, made.x0.shape[1:], RENOISE, which)
+
+    def critic_loss_of(step, which, part):
+        g = draws(cfg, "dmd", step, STEER, which)
+        with torch.no_grad():
+            made = make(step, part, which, g)
+        t, eps = renoising(made, step, which, g)
+        loss, metrics = dmd.critic_loss(critic, made.x0, made.text, t, eps, **made.layout)
+        return weighted(loss, critic_terms(step, which, made, t, eps)), metrics
+
+    def generator_loss_of(step, part):
+        g = draws(cfg, "dmd", step)
+        made = make(step, part, 0, g)
+        t, eps = renoising(made, step, 0, g)
+        loss, metrics = dmd.dmd_loss(made.x0, made.text, critic, real, t, eps, **made.layout)
+        terms = made.terms | more_terms(step, made, t, eps, g)
+        pictures.update(generator=made.x0.detach(), teacher=metrics.pop("x0_real"), critic=metrics.pop("x0_fake"))
+        return weighted(loss, terms), metrics | terms | made.drawn | clip_statistics(made.x0, cfg.chunk)
 
     def update(step):
         decay = warm_then_decay(step, updates)
         for which in range(1, 1 + cfg.critic_steps):
-            g = draws(cfg, "dmd", step, STEER, which)
-            with torch.no_grad():
-                made = make(step, which, g)
-            t, eps = renoising(made.x0, step, which, g)
-            loss, critic_metrics = dmd.critic_loss(critic, made.x0, made.text, t, eps, **made.layout)
-            loss = weighted(loss, critic_terms(step, which, made, t, eps))
-            critic_norm = descend(cfg, trained, critic_optimizer, loss, cfg.critic_lr * decay, "--critic-lr")
-
-        g = draws(cfg, "dmd", step)
-        made = make(step, 0, g)
-        t, eps = renoising(made.x0, step, 0, g)
-        loss, metrics = dmd.dmd_loss(made.x0, made.text, critic, real, t, eps, **made.layout)
-        terms = made.terms | more_terms(step, made, t, eps, g)
-        loss = weighted(loss, terms)
-        metrics |= critic_metrics | terms | made.drawn | {"critic_grad_norm": critic_norm}
-        metrics["grad_norm"] = descend(cfg, net, optimizer, loss, cfg.dmd_lr * decay, "--dmd-lr")
+            critic_metrics = descend(cfg, trained, critic_optimizer, partial(critic_loss_of, step, which),
+                                     cfg.critic_lr * decay, "--critic-lr")
+        metrics = descend(cfg, net, optimizer, partial(generator_loss_of, step), cfg.dmd_lr * decay, "--dmd-lr")
         average(ema, net, cfg.dmd_ema, step)
+        metrics |= {k: int(v) for k, v in metrics.items() if k in ("K", "exit_step")}
+        metrics |= {k if k.startswith("critic") else f"critic_{k}": v for k, v in critic_metrics.items()}
         return metrics | {"generator_updates": step + 1, "critic_updates": (step + 1) * cfg.critic_steps}
 
     nets = {"net": net, "ema": ema, "critic": critic} | ({} if head is None else {"head": head})
-    return Training(nets, {"net": optimizer, "critic": critic_optimizer}, update)
+    return Training(nets, {"net": optimizer, "critic": critic_optimizer}, update, pictures=pictures)
+
+
+def clip_statistics(x0: Tensor, chunk: int) -> dict:
+    """Mean, standard deviation and motion (mean |difference| of neighbouring frames) of clips, chunk by chunk."""
+    x = x0.detach().float().unflatten(1, (-1, chunk)).transpose(0, 1).flatten(1)  # (chunks, all of it)
+    motion = x0.detach().float().diff(dim=1).abs().mean((0, 2, 3, 4))
+    return {"chunk_mean": x.mean(1), "chunk_std": x.std(1), "frame_difference": motion}
 
 
 def self_rollout(cfg, net, text, noise, steps, exit_step, tm_te=None) -> tuple[Tensor, list[Tensor]]:
@@ -316,6 +412,12 @@ def self_rollout(cfg, net, text, noise, steps, exit_step, tm_te=None) -> tuple[T
     return torch.cat(x0, dim=1), sc
 
 
+def rollout_length(lengths, probabilities, g) -> tuple[int, int]:
+    """K of `lengths`, and an exit step below it, equal on all ranks."""
+    k = lengths[int(torch.multinomial(torch.tensor(probabilities), 1, generator=g))]
+    return k, int(torch.randint(k, (), generator=g))
+
+
 def rollouts(cfg, net, lengths, probabilities, with_sc: bool) -> Callable:
     """make(step, which, g) of methods that learn on their own rollouts (Self Forcing), of K = one of `lengths`.
 
@@ -326,26 +428,27 @@ def rollouts(cfg, net, lengths, probabilities, with_sc: bool) -> Callable:
     densest = max(longest, cfg.first_steps)
     train_grid, infer_grid = schedule(longest, cfg.shift), schedule(max(1, longest // 2), cfg.shift)
 
-    def make(step, which, g):
-        k = lengths[int(torch.multinomial(torch.tensor(probabilities), 1, generator=g))]
-        exit_step = int(torch.randint(k, (), generator=g))
+    def make(step, part, which, g):
+        k, exit_step = rollout_length(lengths, probabilities, g)
         tm_te = None
         if which == 0 and with_sc and k == longest and cfg.lambda_sc > 0:
             ts = train_grid[exit_step].item()
             tm_te = sc_loss.draw_triple(ts, train_grid, infer_grid, draws(cfg, "dmd", step, TRIPLE))
-        text = prompts_only(cfg, step, which)
-        noise = noise_like(cfg, "dmd", step, (densest, *video_shape(cfg)), NOISE, which)
+        text = prompts_only(cfg, step, part, which)
+        noise = noise_like(cfg, "dmd", step, part, (densest, *video_shape(cfg)), NOISE, which)
         x0, sc = self_rollout(cfg, net, text, noise, k, exit_step, tm_te)
         terms = {"sc": torch.stack(sc).mean()} if sc else {}
-        return Made(x0, text, terms, drawn={"K": k, "exit_step": exit_step}, noise=noise)
+        return Made(part, x0, text, terms, drawn={"K": k, "exit_step": exit_step}, noise=noise)
 
     return make
 
 
 def asymmetric(cfg, start) -> tuple:
-    """Networks of asymmetric DMD (CF++ Stage 3): a causal student; a bidirectional teacher, and a critic like it."""
-    weights = finished(cfg, "bidirectional")
-    return build(cfg, finished(cfg, start), windowed=True), frozen(build(cfg, weights)), build(cfg, weights)
+    """Networks of asymmetric DMD (CF++ Stage 3): a causal student and its average; a bidirectional teacher; a critic,
+    bidirectional too, of the student's size."""
+    weights = finished(cfg, start)
+    net, ema = build(cfg, weights, windowed=True), frozen(build(cfg, weights, windowed=True))
+    return net, ema, score_teacher(cfg, "bidirectional"), build(cfg, finished(cfg, "bidirectional"))
 
 
 def salt(cfg, start) -> Training:
@@ -356,7 +459,7 @@ def salt(cfg, start) -> Training:
     L_align after a warm-up, in a random share of the updates, at the time and with the noise at which DMD compares its
     scores.
     """
-    net, teacher, critic = asymmetric(cfg, start)
+    net, ema, teacher, critic = asymmetric(cfg, start)
     looker = teacher if cfg.align_features == "teacher" else critic
 
     def features(x_t, t, text):
@@ -373,7 +476,7 @@ def salt(cfg, start) -> Training:
         return {"align": align.align_loss(features, made.x0, x_ref, made.text, t, eps, cfg.align_margin)[0]}
 
     make = rollouts(cfg, net, cfg.mixed_steps, cfg.mixed_probs, with_sc=True)
-    return distribution_matching(cfg, net, teacher, critic, make, more_terms=alignment)
+    return distribution_matching(cfg, net, ema, teacher, critic, make, more_terms=alignment)
 
 
 RECIPE = {

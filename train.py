@@ -7,52 +7,43 @@
     python train.py --stage evaluate --eval-seed 1        # measure again what a run left, on other prompts and seeds
     python train.py --help                   # every flag
 
-The four stages of the recipe are in stages.py, every other method in baselines.py; this file is the config, the loop
-and the measuring.
+    torchrun --nproc_per_node 2 train.py                  # the same on 2 ranks: gloo on CPUs, nccl on GPUs
+    torchrun --nproc_per_node 8 train.py --size wan1.3b --stage teacher_forcing --data latents --out runs/wan
+    torchrun --nnodes 4 --nproc_per_node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --max-restarts 3 train.py ...
+    python train.py --size wan1.3b --stage salt --plan    # what it would need; nothing is allocated
+
+The four stages of the recipe are in stages.py, every other method in baselines.py, all that knows of ranks in fsdp.py,
+the measuring in evaluate.py; this file is the config and the loop.
 
 A run leaves in --out: STAGE.safetensors (EMA weights, official names) and STAGE_raw.safetensors, sheets of pictures,
-config.json, metrics.jsonl, and STAGE.state.safetensors, from which a stopped run goes on, step for step as if it had
-never stopped: every random draw is a function of (seed, kind of stage, step, index in the batch). What is written
-replaces the old only when it is complete; nothing is pickled.
+config.json, metrics.jsonl, and STAGE.state/, checkpoints from which a stopped or killed run goes on, step for step as
+if it had never stopped, on the same number of ranks or another: every random draw is a function of (seed, kind of
+stage, step, index in the batch). What is written replaces the old only when it is complete.
 """
 
 import argparse
+import hashlib
 import json
-import os
+import re
 import signal
 import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import lru_cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import data
-from baselines import BASELINES
-from flowmap import Guided, sample, schedule
-from model import about_of, load_weights, read_tensors, write_tensors
-from rollout import stream
-from sc_loss import path_defects
-from stages import (
-    EVALUATE,
-    KINDS,
-    RECIPE,
-    WORLD,
-    Training,
-    build,
-    finished,
-    frozen,
-    null_text,
-    path_of,
-    self_rollout,
-    video_shape,
-)
-
-STAGES = RECIPE | BASELINES
+import evaluate
+import flops
+import fsdp
+import plan
+from baselines import STAGES
+from flowmap import schedule
+from model import SIZES, about_of, write_tensors
+from stages import KINDS, RECIPE, Training, folder, is_finished, path_of
 
 
 def flag(default, help, affects="bidirectional"):
@@ -65,36 +56,54 @@ def flag(default, help, affects="bidirectional"):
 class Config:
     """Every setting of a run; each is also a command-line flag of the same name."""
 
-    size: str = flag("toy", "the network: toy")
+    size: str = flag("toy", "the network, and the settings that go with it: toy, toy_large, wan1.3b or wan14b")
     stage: str = flag("all", "one of the recipe, bidirectional teacher_forcing causal_cd salt; all of these; a "
                              "baseline (see baselines.py); or evaluate", "none")
     out: str = flag("runs/toy", "folder for checkpoints, metrics and pictures", "none")
     seed: int = flag(0, "of weights, data, noise and every other draw")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda", "none")
     longer: float = flag(1.0, "multiply the steps of every stage")
-    save_every: int = flag(100, "steps between saves of the state a stopped run resumes from", "none")
-    stop_after: int = flag(0, "stop (resumably) after this many updates in this process; 0: never", "none")
+    save_every: int = flag(100, "steps between checkpoints, from which a stopped run resumes", "none")
+    keep: int = flag(2, "checkpoints to keep of each stage", "none")
+    sheet_every: int = flag(50, "updates between pictures of what a DMD stage makes, and of its scores", "none")
+    stop_after: str = flag("", "stop (resumably) after so many updates, 200, or after a time, 90s 30m 8h", "none")
+    skip_nonfinite: int = flag(0, "updates with a non-finite loss or gradient to leave out before giving up", "none")
 
     frames: int = flag(8, "latent frames per clip")
+    height: int = flag(data.SIZE, "rows of a latent frame")
+    width: int = flag(data.SIZE, "columns of a latent frame")
+    data: str = flag("", "folder of latents and prompts (data.LatentFolder); random: noise; else the toy world", "none")
+    bad_data: str = flag("stop", "at a damaged sample in --data: stop, or skip to the next", "none")
     chunk: int = flag(1, "frames per autoregressive chunk")
+    batch: int = flag(16, "clips per update, over all ranks")
+    accum: int = flag(1, "forward and backward passes that a rank splits its share of the batch into", "none")
+
+    precision: str = flag("fp32", "fp32, or bf16: compute in bf16, with fp32 weights, reductions and losses")
+    checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time", "none")
+    compile: bool = flag(False, "torch.compile the blocks", "none")
+    gather: str = flag("forward", "ranks gather weights for every forward, or keep them until an update", "none")
+    shard_over: int = flag(0, "ranks that share one copy of the weights; 0: those of a node", "none")
+    timeout: float = flag(600.0, "seconds to wait for another rank before stopping", "none")
+    plan: bool = flag(False, "print what --stage needs, memory, FLOPs and GPUs, and stop", "none")
+    gpu_memory: float = flag(80.0, "GB of memory of a GPU, for --plan", "none")
+    teacher_size: str = flag("", "size of DMD's teacher, if not --size", "dmd")
+    teacher_out: str = flag("", "folder with DMD's teacher of --teacher-size", "none")
+
     clip_norm: float = flag(1.0, "largest gradient norm")
     train_shift: float = flag(3.0, "timestep shift of the times in flow matching")
     prompt_dropout: float = flag(0.1, "share of clips trained without their prompt, for guidance")
     ema: float = flag(0.99, "decay of the averaged weights of both teachers")
 
     bidirectional_steps: int = flag(5000, "updates of stage bidirectional")
-    bidirectional_batch: int = flag(16, "clips per update")
     bidirectional_lr: float = flag(4e-3, "learning rate")
 
     teacher_forcing_steps: int = flag(1000, "updates of stage teacher_forcing", "teacher_forcing")
-    teacher_forcing_batch: int = flag(16, "clips per update", "teacher_forcing")
     teacher_forcing_lr: float = flag(3e-3, "learning rate", "teacher_forcing")
 
     # distillation along the teacher's trajectories: causal_cd; bidirectional_ode, causal_ode, pcm, scfm
     shift: float = flag(5.0, "timestep shift of inference grids (CF++: 5)", "trajectory dmd")
     guidance: float = flag(1.5, "teacher guidance w in v_u + w (v_c - v_u)", "trajectory dmd")
     trajectory_steps: int = flag(900, "updates of a distillation along trajectories", "trajectory")
-    trajectory_batch: int = flag(16, "clips per update", "trajectory")
     trajectory_lr: float = flag(1e-3, "learning rate", "trajectory")
     trajectory_grid: int = flag(48, "times of the teacher's trajectory (CF++: 48)", "trajectory")
     trajectory_ema: float = flag(0.95, "decay of the target network theta-", "trajectory")
@@ -105,7 +114,6 @@ class Config:
     # distribution matching: salt, and every method with a critic
     init: str = flag("", "stage whose weights the student starts from; the method's own if not given", "dmd")
     dmd_steps: int = flag(200, "generator updates of a DMD stage", "dmd")
-    dmd_batch: int = flag(16, "clips per update", "dmd")
     dmd_lr: float = flag(4e-4, "learning rate of the generator", "dmd")
     critic_lr: float = flag(8e-4, "learning rate of the critic", "dmd")
     critic_steps: int = flag(4, "critic updates per generator update", "dmd")
@@ -139,6 +147,13 @@ class Config:
         return max(1, round(getattr(self, f"{kind}_steps") * self.longer))
 
 
+WAN = dict(frames=21, height=60, width=104, chunk=3, batch=64, precision="bf16", checkpointing=True, clip_norm=10.0,
+           train_shift=5.0, teacher_forcing_steps=20_000, teacher_forcing_lr=1e-5, guidance=3.0,
+           trajectory_steps=5000, trajectory_lr=2e-6, trajectory_ema=0.99, dmd_steps=200, dmd_lr=2e-6, critic_lr=4e-7,
+           critic_steps=5, dmd_ema=0.99, score_shift=5.0, score_guidance=4.0, save_every=20)
+PRESETS = {"toy": {}, "toy_large": {}, "wan1.3b": WAN, "wan14b": WAN}  # what --size changes of the defaults above
+
+
 def check(cfg: Config):
     """ValueError for a setting that could only fail later."""
     def need(ok, name, expected):
@@ -149,7 +164,21 @@ def check(cfg: Config):
     def power_of_two(n):
         return n > 0 and n & (n - 1) == 0
 
-    need(cfg.size == "toy", "size", "toy")
+    need(cfg.size in SIZES, "size", f"one of {', '.join(SIZES)}")
+    need(cfg.teacher_size in ("", *SIZES), "teacher_size", f"one of {', '.join(SIZES)}")
+    need(cfg.teacher_size in ("", cfg.size) or cfg.teacher_out, "teacher_size teacher_out",
+         "the folder of a run that trained a teacher of this size")
+    patch, channels = SIZES[cfg.size].patch_size, SIZES[cfg.size].in_dim
+    need(cfg.height % patch[1] == 0 and cfg.width % patch[2] == 0, "height width size",
+         f"multiples of the patch, {patch[1]} x {patch[2]}")
+    need(cfg.data or channels == 3 and cfg.height == cfg.width == data.SIZE, "data size height width",
+         f"a folder of latents: only clips of 3 x {data.SIZE} x {data.SIZE} can be drawn from the toy world")
+    need(cfg.bad_data in ("stop", "skip"), "bad_data", "stop or skip")
+    need(cfg.precision in ("fp32", "bf16"), "precision", "fp32 or bf16")
+    need(cfg.gather in ("forward", "update"), "gather", "forward or update")
+    need(re.fullmatch(r"(\d+[smh]?)?", cfg.stop_after), "stop_after", "a number of updates, or a time such as 30m")
+    need(cfg.batch % (cfg.accum * fsdp.world()) == 0, "batch accum",
+         f"a batch that divides into equal parts for {fsdp.world()} ranks")
     need(cfg.stage in (*STAGES, "all", "evaluate"), "stage", f"one of {', '.join(STAGES)}, all, evaluate")
     need(cfg.init == "" or cfg.init in STAGES, "init", f"one of {', '.join(STAGES)}")
     need(cfg.init == "" or cfg.stage in STAGES and STAGES[cfg.stage].kind == "dmd", "init stage",
@@ -157,6 +186,8 @@ def check(cfg: Config):
     need(cfg.device == "cpu" or cfg.device.startswith("cuda") and torch.cuda.is_available(), "device",
          "cpu, or cuda where there is a GPU")
     need(not Path(cfg.out).is_file(), "out", "a folder, not a file")
+    for name in ("skip_nonfinite", "shard_over"):
+        need(getattr(cfg, name) >= 0, name, "a number >= 0")
     need(cfg.seed >= 0, "seed", "a number >= 0")
     need(cfg.eval_seed >= 0, "eval_seed", "a number >= 0")
     need(cfg.chunk > 0 and cfg.frames % cfg.chunk == 0 and cfg.frames > 2, "frames chunk",
@@ -183,58 +214,47 @@ def check(cfg: Config):
          "a window that holds the sink and a chunk, or 0")
     for name in ("ema", "trajectory_ema", "dmd_ema", "prompt_dropout"):
         need(0 <= getattr(cfg, name) < 1, name, "at least 0 and below 1")
-    for name in ("longer", "shift", "train_shift", "score_shift", "clip_norm", "save_every", "eval_clips",
-                 "teacher_eval_steps", "trajectories", "phases", "critic_lr",
-                 *(f"{s}_{x}" for s in KINDS for x in ("steps", "batch", "lr"))):
+    for name in ("longer", "shift", "train_shift", "score_shift", "clip_norm", "save_every", "keep", "sheet_every",
+                 "batch", "accum", "timeout", "gpu_memory", "eval_clips", "teacher_eval_steps", "trajectories",
+                 "phases", "critic_lr", *(f"{s}_{x}" for s in KINDS for x in ("steps", "lr"))):
         need(getattr(cfg, name) > 0, name, "a positive number")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop: resume, update, log, save
 
-def is_finished(cfg, stage) -> bool:
-    """The raw weights are written first, so the EMA's file says that both are there."""
-    ema, raw = path_of(cfg, stage), path_of(cfg, stage, "_raw")
-    if ema.exists() and not raw.exists():
-        raise ValueError(f"got {ema} without {raw}, expected both: restore it, or delete the first to train again")
-    return ema.exists()
+def states_of(cfg, stage) -> Path:
+    """The folder of a stage's checkpoints."""
+    return path_of(cfg, stage).with_suffix(".state")
 
 
-def save_state(path, training: Training, about: dict):
+def state_of(training: Training) -> dict:
+    """Every tensor that a stage changes, by name: networks and optimizers."""
     tensors = {f"{name}.{k}": v for name, net in training.nets.items() for k, v in net.state_dict().items()}
     for name, optimizer in training.optimizers.items():
+        if not optimizer.state:
+            start_moments(optimizer)
         for i, moments in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{name}.{i}.{k}": v for k, v in moments.items()}
-    write_tensors(path, tensors, about)
+    return tensors
 
 
-def load_state(path, training: Training) -> dict:
-    tensors, about = read_tensors(path)
-    for name, net in training.nets.items():
-        load_weights(net, {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}, path)
-    for name, optimizer in training.optimizers.items():
-        state = {}
-        for key, v in tensors.items():
-            if key.startswith(f"optimizer.{name}."):
-                i, k = key.split(".")[2:]
-                state.setdefault(int(i), {})[k] = v
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    return about
+@torch.no_grad()
+def start_moments(optimizer):
+    """Make an optimizer's moments, all zero, before its first step, so that a checkpoint can be read into them."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    optimizer.step()  # with learning rate 0 and no gradient: it moves nothing
+    optimizer.zero_grad(set_to_none=True)
+    for moments in optimizer.state.values():
+        for v in moments.values():
+            v.zero_()
 
 
 def record(cfg, line: dict):
     with open(Path(cfg.out) / "metrics.jsonl", "a") as f:
         f.write(json.dumps(line) + "\n")
-
-
-def write_text(path: Path, text: str):
-    """Replace a text file by a complete new one."""
-    fresh = path.with_name(path.name + ".writing")
-    with open(fresh, "w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(fresh, path)
 
 
 def forget_after(cfg, stage, step):
@@ -243,7 +263,7 @@ def forget_after(cfg, stage, step):
     if path.exists():
         lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
         kept = [line for line in lines if line["stage"] != stage or line["step"] < step]
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        fsdp.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def start_of(cfg, stage) -> str | None:
@@ -287,229 +307,159 @@ def stopping_gently():
         restore()
 
 
-def run_stage(cfg, stage, most: int) -> int:
-    """Train one stage to its end, or for `most` updates. Returns the number of updates made."""
-    steps, state_path = cfg.steps_of(STAGES[stage].kind), path_of(cfg, stage, ".state")
+def run_stage(cfg, stage, most=sys.maxsize, until=float("inf")) -> int:
+    """Train one stage to its end, for `most` updates, or until a time. Returns the number of updates made."""
+    steps, weights, states = cfg.steps_of(STAGES[stage].kind), path_of(cfg, stage), states_of(cfg, stage)
     if is_finished(cfg, stage):
-        same_settings(cfg, stage, path_of(cfg, stage), about_of(path_of(cfg, stage))["config"])
-        print(f"{stage}: already trained, in {path_of(cfg, stage)}")
+        same_settings(cfg, stage, weights, about_of(weights)["config"])
+        say(f"{stage}: already trained, in {weights}")
         return 0
     training = STAGES[stage].begin(cfg, start_of(cfg, stage))
-    about = {"stage": stage, "size": cfg.size, "step": 0, "seconds": 0.0, "config": asdict(cfg)}
-    if state_path.exists():
-        about = load_state(state_path, training)
-        same_settings(cfg, stage, state_path, about["config"])
-    forget_after(cfg, stage, about["step"])
-    write_text(Path(cfg.out) / "config.json", json.dumps(asdict(cfg), indent=1))
-    first, last = about["step"], min(steps, about["step"] + most)
-    start, before = time.time(), about["seconds"]
-    bar = tqdm(total=steps, initial=first, desc=stage, mininterval=1, smoothing=0.05)
+    tensors = state_of(training)
+    about = {"stage": stage, "size": cfg.size, "step": 0, "seconds": 0.0, "nonfinite": 0, "config": asdict(cfg),
+             "data": data_digest(cfg)}
+    if found := fsdp.load(states, tensors):
+        same_settings(cfg, stage, states, found["config"])
+        if found["data"] != about["data"]:
+            raise ValueError(f"got --data {cfg.data} with other clips than {states} was trained on, expected the same: "
+                             "change --data or --out")
+        about = found
+    first, last, start, before = about["step"], min(steps, about["step"] + most), time.time(), about["seconds"]
+    fsdp.agree(f"{stage} from step {first} to {last} with {fingerprint(cfg, stage)}")
+    fsdp.on_rank_0(lambda: forget_after(cfg, stage, first))
+    fsdp.on_rank_0(lambda: fsdp.write_text(Path(cfg.out) / "config.json", json.dumps(asdict(cfg), indent=1)))
+    meter = flops.Meter(cfg)
+    bar = tqdm(total=steps, initial=first, desc=stage, mininterval=1, smoothing=0.05, disable=fsdp.rank() > 0)
     with bar, stopping_gently() as asked_to_stop:
         for step in range(first, last):
+            meter.start()
             try:
-                metrics = {k: float(torch.as_tensor(v).detach()) for k, v in training.update(step).items()}
+                metrics = training.update(step)
             except FloatingPointError as e:
-                raise ValueError(f"stage {stage}, step {step}: {e}, with another --out. The state last saved is kept "
-                                 f"in {state_path}") from e
-            record(cfg, {"stage": stage, "step": step, **metrics})
+                about["nonfinite"] += 1
+                metrics = {"left_out": str(e)}
+                if about["nonfinite"] > cfg.skip_nonfinite:
+                    raise ValueError(f"stage {stage}, step {step}: {e}, with another --out, or leave such updates out "
+                                     f"with --skip-nonfinite. What was saved last is kept in {states}") from e
+            metrics = readable(metrics) | meter.stop() | {"nonfinite": about["nonfinite"]}
+            stop = fsdp.any_rank(asked_to_stop or time.time() > until)
             bar.update()
-            if (step + 1) % cfg.save_every == 0 or step + 1 == last or asked_to_stop:
+            if fsdp.rank() == 0:
+                record(cfg, {"stage": stage, "step": step, **metrics})
+                if training.pictures and (step + 1) % cfg.sheet_every == 0:
+                    data.sheet(training.pictures, Path(cfg.out) / f"{stage}_sheets" / f"{step + 1:06d}")
+            if (step + 1) % cfg.save_every == 0 or step + 1 == last or stop:
                 about |= {"step": step + 1, "seconds": before + time.time() - start}
-                save_state(state_path, training, about)
-                bar.set_postfix({k: f"{v:.3g}" for k, v in list(metrics.items())[:3]})
-            if asked_to_stop:
+                fsdp.save(states, step + 1, tensors, about, cfg.keep)
+                bar.set_postfix({k: f"{v:.3g}" for k, v in list(metrics.items())[:3] if isinstance(v, float)})
+            if stop:
                 break
     if about["step"] == steps:
         about |= {k: getattr(STAGES[stage], k) for k in ("causal", "few_step", "solver")}
         about |= {"saved": time.time(), **training.cost}
-        write_tensors(path_of(cfg, stage, "_raw"), training.nets["net"].state_dict(), about)
-        write_tensors(path_of(cfg, stage), training.nets["ema"].state_dict(), about)
+        for net, kind in (("net", "_raw"), ("ema", "")):
+            whole = fsdp.whole_weights(training.nets[net])
+            fsdp.on_rank_0(lambda whole=whole, kind=kind: write_tensors(path_of(cfg, stage, kind), whole, about))
     return about["step"] - first
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation: every stage on the same prompts and noise
-
-def as_trained(cfg, stage) -> Config:
-    """cfg with every setting that shaped a finished stage as it was then."""
-    then = about_of(path_of(cfg, stage))["config"]
-    shaped = {f.name: then[f.name] for f in fields(Config) if f.metadata["affects"] != "none" and f.name in then}
-    return replace(cfg, **{k: tuple(v) if isinstance(v, list) else v for k, v in shaped.items()})
-
-
-@torch.no_grad()
-def generate(cfg, stage, net, steps, prompts, noise) -> Tensor:
-    """Clips as this stage's model samples them. prompts `b`; noise `b K f c h w` as in rollout.shared_noise."""
-    text, how, grid = data.embed(prompts).to(cfg.device), STAGES[stage], schedule(steps, cfg.shift)
-    if how.causal and how.few_step:
-        return self_rollout(cfg, net, text, noise, steps, steps - 1)[0]
-    if not how.few_step:
-        net, noise = Guided(net, null_text(cfg), cfg.guidance), noise[:, :1]
-    if how.causal:
-        chunks = stream(net, lambda i, k: noise[:, 0, i * cfg.chunk : (i + 1) * cfg.chunk], text, grid,
-                        chunks=cfg.frames // cfg.chunk, solver=how.solver)
-        return torch.cat([c.x0 for c in chunks], dim=1)
-    stride = max(1, noise.shape[1] // steps)  # the grids nest: equal times get equal noise
-    return sample(lambda x, t: net(x, torch.full(x.shape[:2], t, device=x.device), text), noise[:, ::stride], grid,
-                  how.solver)
+def readable(metrics: dict) -> dict:
+    """Metrics as JSON numbers and lists, with the critic's loss by quarter of t out of its sums and counts."""
+    plain = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in metrics.items()}
+    sums, counts = plain.pop("critic_t_sum", None), plain.pop("critic_t_count", None)
+    if sums:
+        plain["critic_by_t"] = [s / n if n else None for s, n in zip(sums, counts)]
+    return plain
 
 
-def evaluation_set(cfg, clips):
-    """Real clips, prompts and noise that no training ever draws."""
-    real, prompts = data.clips(range(clips), cfg.frames, EVALUATE, cfg.eval_seed, 0)
-    noise = data.noises(range(clips), (max(cfg.mixed_steps), *video_shape(cfg)), EVALUATE, cfg.eval_seed, 1)
-    return real.to(cfg.device), prompts, noise.to(cfg.device)
+def fingerprint(cfg, stage) -> str:
+    """Every setting and all data that a stage depends on, in a few letters: they must be the same on all ranks."""
+    shaping = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.metadata["affects"] != "none"}
+    text = json.dumps(shaping | {"stage": stage, "data": data_digest(cfg)}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-@lru_cache(maxsize=2)
-def world_motion(frames: int) -> tuple[Tensor, Tensor]:
-    """Speeds and turns of the world, what those of generated clips are compared with."""
-    return data.motion(data.tracks(range(4096), frames, WORLD)[0])
+def data_digest(cfg) -> str:
+    return cfg.data if cfg.data in ("", "random") else folder(cfg).digest()
 
 
-def row(cfg, stage, weights, steps, nfe, x, prompts, sample_seconds, about, defect=0.0) -> dict:
-    measured = data.measure(x, prompts, world_motion(cfg.frames))
-    return {"stage": stage, "weights": weights, "steps": steps, "nfe": nfe, **measured,
-            "defect": defect,
-            "sample_seconds": sample_seconds, "train_seconds": about.get("seconds", 0), "saved": about.get("saved"),
-            "data_seconds": about.get("data_seconds", 0), "data_bytes": about.get("data_bytes", 0),
-            "clips": cfg.eval_clips, "eval_seed": cfg.eval_seed, "teacher_eval_steps": cfg.teacher_eval_steps}
-
-
-@torch.no_grad()
-def composition(cfg, stage, net, real, prompts, noise) -> float:
-    """Mean semigroup defect along the 4-step path (Salt Eq. 14-16, A.1), behind the clean past where there is one."""
-    text = data.embed(prompts).to(cfg.device)
-    layout = {"chunk": cfg.chunk, "clean": real} if STAGES[stage].causal else {}
-
-    def velocity(x, t):
-        return net(x, torch.full(x.shape[:2], t, device=x.device), text, **layout)
-
-    defects = path_defects(velocity, noise[:, 0], schedule(4, cfg.shift), schedule(8, cfg.shift))
-    return sum(defects) / len(defects)
-
-
-def evaluate(cfg, stage) -> list[dict]:
-    """Table rows of a finished stage: EMA and raw weights at 1, 2 and 4 steps, teachers also at their full number."""
-    cfg, how = as_trained(cfg, stage), STAGES[stage]
-    real, prompts, noise = evaluation_set(cfg, cfg.eval_clips)
-    about, rows = about_of(path_of(cfg, stage)), []
-    for weights, kind in (("ema", ""), ("raw", "_raw")):
-        net = frozen(build(cfg, finished(cfg, stage, kind), windowed=how.windowed))
-        sampled = net if how.few_step else Guided(net, null_text(cfg), cfg.guidance)
-        defect = composition(cfg, stage, sampled, real[:256], prompts[:256], noise[:256])
-        for steps in steps_shown(cfg, stage):
-            start = time.time()
-            parts = zip(prompts.split(256), noise.split(256))
-            x = torch.cat([generate(cfg, stage, net, steps, p, z) for p, z in parts])
-            nfe = steps if how.few_step else 2 * steps  # guidance runs the network twice
-            rows.append(row(cfg, stage, weights, steps, nfe, x, prompts, time.time() - start, about, defect))
-            if weights == "raw" and not how.few_step:
-                break
-    return rows
-
-
-def steps_shown(cfg, stage) -> tuple:
-    if not STAGES[stage].few_step:
-        return cfg.teacher_eval_steps, 4, 2, 1
-    return (1, 2, 4) if STAGES[stage].causal else tuple(k for k in (1, 2, 4, 8) if max(cfg.mixed_steps) % k == 0)
-
-
-def known_rows(cfg, stage) -> list[dict]:
-    """Rows of an earlier evaluation of the very same weights with the same settings."""
-    path, saved = table_path(cfg), about_of(path_of(cfg, stage))["saved"]
-    rows = json.loads(path.read_text()) if path.exists() else []
-    same = {"stage": stage, "saved": saved, "clips": cfg.eval_clips, "teacher_eval_steps": cfg.teacher_eval_steps}
-    return [r for r in rows if all(r[k] == v for k, v in same.items()) and "defect" in r]
-
-
-def table_path(cfg) -> Path:
-    return Path(cfg.out) / f"table_seed{cfg.eval_seed}.json"
-
-
-def print_rows(rows, header=True):
-    if header:
-        print(f"{'stage':<16} {'weights':<7} {'steps':>5} {'NFE':>4} | {'quality':>8} {'frame 3':>8} {'last':>8} "
-              f"{'drift':>6} {'semantic':>8} {'dynamics':>8} {'distance':>8} {'defect':>7} | {'sample s':>8} "
-              f"{'train s':>8}")
-    for r in rows:
-        q, semantic = r["quality_by_frame"], 100 * r["semantic"]
-        print(f"{r['stage']:<16} {r['weights']:<7} {r['steps']:>5} {r['nfe']:>4} | {r['quality']:>8.4f} {q[2]:>8.4f} "
-              f"{q[-1]:>8.4f} {r['drift']:>6.2f} {semantic:>7.1f}% {r['dynamics']:>8.2f} {r['distance']:>8.3f} "
-              f"{r['defect']:>7.4f} | {r['sample_seconds']:>8.1f} {r['train_seconds']:>8.0f}")
-    sys.stdout.flush()
-
-
-def draw_sheet(cfg, stages, name):
-    """Pictures of finished stages at 1, 2, 4 steps (teachers also at their full number) on the same six clips."""
-    real, prompts, noise = evaluation_set(cfg, 6)
-    rows = {"the world": real}
-    for stage in stages:
-        was, how = as_trained(cfg, stage), STAGES[stage]
-        net = frozen(build(was, finished(was, stage), windowed=how.windowed))
-        for steps in sorted(steps_shown(was, stage)):
-            rows[f"{stage} {steps}"] = generate(was, stage, net, steps, prompts, noise)
-    data.sheet(rows, Path(cfg.out) / name)
+def say(text: str):
+    if fsdp.rank() == 0:
+        print(text, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
 def main(cfg: Config) -> list[dict]:
-    """Run what the config asks for. Returns the rows of the table (empty if stopped before its end)."""
-    check(cfg)
+    """Run what the config asks for. Returns the rows of the table (none if stopped before its end, or without the toy
+    world, where nothing can be measured)."""
+    if cfg.plan:
+        check(cfg)
+        print(plan.table(cfg))
+        return []
+    with fsdp.setup(cfg.device, cfg.precision, cfg.shard_over, cfg.timeout):
+        check(cfg)
+        return run(cfg)
+
+
+def run(cfg: Config) -> list[dict]:
     stages = RECIPE if cfg.stage == "all" else (cfg.stage,)
     if cfg.stage == "evaluate":
-        stages = [stage for stage in STAGES if is_finished(cfg, stage)]
+        stages = evaluate.finished_stages(cfg)
         if not stages:
             raise ValueError(f"got --out {cfg.out}, expected a folder with a trained stage: change --out, or train")
-        cfg = as_trained(cfg, stages[-1])
+        cfg = evaluate.as_trained(cfg, stages[-1])
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    print("settings:", json.dumps(asdict(cfg)))
+    say(f"settings: {json.dumps(asdict(cfg))}")
     for k in cfg.mixed_steps:
-        print(f"times of {k} steps:", [round(t, 4) for t in schedule(k, cfg.shift).tolist()])
+        say(f"times of {k} steps: {[round(t, 4) for t in schedule(k, cfg.shift).tolist()]}")
 
-    left = cfg.stop_after or sys.maxsize
-    real, prompts, _ = evaluation_set(cfg, cfg.eval_clips)
-    rows = [row(cfg, "the world", "", 0, 0, real, prompts, 0, {})]
-    print_rows(rows)
+    most, until = budget(cfg.stop_after)
+    rows = []
+    if not cfg.data:
+        rows = [fsdp.on_rank_0(lambda: evaluate.the_world(cfg))]
+        fsdp.on_rank_0(lambda: evaluate.print_rows(rows))
     for stage in stages:
         if cfg.stage != "evaluate":
-            done = run_stage(cfg, stage, left)
-            left -= done
-            if left == 0 or not is_finished(cfg, stage):
-                print(f"stopped; the same command goes on from {path_of(cfg, stage, '.state')}")
+            most -= run_stage(cfg, stage, most, until)
+            if most == 0 or not is_finished(cfg, stage):
+                say(f"stopped; the same command goes on from {states_of(cfg, stage)}")
                 return []
-        known = known_rows(cfg, stage)
-        rows += known or evaluate(cfg, stage)
-        print_rows([r for r in rows if r["stage"] == stage], header=False)
-        if not known:
-            old = json.loads(table_path(cfg).read_text()) if table_path(cfg).exists() else []
-            fresh = {r["stage"] for r in rows}
-            write_text(table_path(cfg), json.dumps(rows + [r for r in old if r["stage"] not in fresh], indent=1))
-            draw_sheet(cfg, [stage], stage)
-    draw_sheet(cfg, [s for s in STAGES if is_finished(cfg, s)], "sheet")
-    print()
-    print_rows(rows)
+        if not cfg.data:
+            rows += fsdp.on_rank_0(lambda stage=stage: evaluate.report(cfg, stage))
+    if not cfg.data:
+        fsdp.on_rank_0(lambda: evaluate.draw_sheet(cfg, evaluate.finished_stages(cfg), "sheet"))
+        say("")
+        fsdp.on_rank_0(lambda: evaluate.print_rows(rows))
     return rows
 
 
+def budget(stop_after: str) -> tuple[int, float]:
+    """--stop-after as a number of updates and a time to stop at."""
+    if stop_after and stop_after[-1] in "smh":
+        return sys.maxsize, time.time() + int(stop_after[:-1]) * {"s": 1, "m": 60, "h": 3600}[stop_after[-1]]
+    return int(stop_after or 0) or sys.maxsize, float("inf")
+
+
 def parse(argv=None) -> Config:
+    """The command line's settings; what it does not give is PRESETS' for its --size, or Config's default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for f in fields(Config):
         many = isinstance(f.default, tuple)
-        parser.add_argument(f"--{f.name.replace('_', '-')}", default=f.default, nargs="+" if many else None,
-                            type=type(f.default[0] if many else f.default), metavar="X",
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else {
+            "type": type(f.default[0] if many else f.default), "metavar": "X", "nargs": "+" if many else None}
+        parser.add_argument(f"--{f.name.replace('_', '-')}", **kind,
                             help=f"{f.metadata['help']} (default: {f.default})".replace("%", "%%"))
-    values = vars(parser.parse_args(argv))
-    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
+    return Config(**PRESETS.get(given.get("size"), {}) | given)
 
 
 if __name__ == "__main__":
     try:
         main(parse())
-    except ValueError as e:
-        sys.exit(f"ValueError: {e}")
+    except (ValueError, OSError, fsdp.RankError) as e:
+        sys.exit(f"{type(e).__name__}: {e}")
     except KeyboardInterrupt:  # in the middle of measuring; updates are finished and saved first
         sys.exit("stopped while measuring; the same command measures again")

@@ -146,7 +146,7 @@ class WindowWorld:
     def __call__(self, x, t, text, *, cache):
         _, values, positions = cache.seen_by(x.shape[1])
         n = len(positions)
-        world = Gaussian(self.offset + sum(self.weight(r, n) * values[0][:, r, 0] for r in range(n)), self.Q)
+        world = Gaussian(self.offset + sum(self.weight(r, n) * values[0][r][:, 0, 0] for r in range(n)), self.Q)
         law = world.consistency_velocity if self.perfect else world.velocity
         return video(torch.stack([law(frame[..., 0, 0], t[0, 0].item()) for frame in x.unbind(1)], 1))
 

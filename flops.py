@@ -1,0 +1,82 @@
+"""FLOPs, counted as networks run, and with them the speed of an update.
+
+    FLOPs of a forward = 2 (weights met by each token) + 4 dim (pairs of query and key), per layer; a backward twice
+
+Every network that stages.py builds is watched (`count`); a Meter turns the count into tokens/s, TFLOP/s and MFU.
+"""
+
+import resource
+import time
+import weakref
+
+import torch
+
+from model import SIZES, visible
+
+# bf16 FLOP/s of dense matrices, from the data sheets
+PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "A800": 312e12}
+
+
+done = 0.0  # by all networks that `count` watches, on this rank
+watched = weakref.WeakSet()
+
+
+def count(net):
+    """Add every forward of a network, and the backward that will follow, to done. Recomputing is not counted."""
+    def add(net, args, layout):
+        global done
+        passes = 1
+        if torch.is_grad_enabled():
+            passes = 3 if any(p.requires_grad for p in net.parameters()) else 2  # a frozen one passes gradient on
+        done += passes * forward_flops(net.config, args[0].shape, **layout)
+
+    watched.add(net)
+    net.register_forward_pre_hook(add, with_kwargs=True)
+    return net
+
+
+def forward_flops(c, shape, chunk=None, clean=None, cache=None, commit=False, until=None) -> float:
+    """FLOPs of the matrix products of net(x, ...), x of shape `b f c h w`, in the layouts of model.py."""
+    b, f, _, height, width = shape
+    s = (height // c.patch_size[1]) * (width // c.patch_size[2])  # tokens of a frame
+    frame_pairs = f * f
+    if chunk is not None:
+        frame_pairs = sum(chunk * (chunk + len(visible(i, chunk, c.window, c.sink))) for i in range(0, f, chunk))
+    if cache is not None:
+        frame_pairs = f * (f + len(cache.seen_by(f)[2]))
+    layers = c.num_layers if until is None else until
+    tokens, d = f * s, c.dim
+    linear = tokens * (6 * d * d + 2 * d * c.ffn_dim) + c.text_len * 2 * d * d  # q k v o, q o, ffn; k v of the text
+    attention = 2 * d * (frame_pairs * s * s + tokens * c.text_len)
+    patch = c.in_dim * c.patch_size[0] * c.patch_size[1] * c.patch_size[2]
+    embeddings = tokens * d * patch + f * d * (c.freq_dim + 7 * d) + c.text_len * d * (c.text_dim + d)
+    head = tokens * d * patch if until is None else 0
+    streams = 1 if clean is None else 2  # of which only the noisy one meets the head
+    return 2.0 * b * (streams * (layers * (linear + attention) + embeddings) + head)
+
+
+class Meter:
+    """Speed and memory of one update after the other, as metrics."""
+
+    def __init__(self, cfg):
+        c = SIZES[cfg.size]
+        self.tokens = cfg.batch * cfg.frames * (cfg.height // c.patch_size[1]) * (cfg.width // c.patch_size[2])
+        self.cuda = cfg.device.startswith("cuda")
+        name = torch.cuda.get_device_name() if self.cuda else ""
+        self.peak = next((rate for card, rate in PEAK.items() if card in name and cfg.precision == "bf16"), None)
+
+    def start(self):
+        self.began, self.flops = time.perf_counter(), done
+
+    def stop(self) -> dict:
+        """seconds; tokens_per_second, of the batch's clips, over all ranks; of this rank tflops (model TFLOP/s), mfu
+        (their share of what the card can do; where that is known), memory_gb (the most it held so far)."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - self.began
+        rate = (done - self.flops) / seconds
+        held = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        if self.cuda:
+            held = torch.cuda.max_memory_allocated()
+        speed = {"seconds": seconds, "tokens_per_second": self.tokens / seconds, "tflops": rate / 1e12}
+        return speed | ({"mfu": rate / self.peak} if self.peak else {}) | {"memory_gb": held / 1e9}

@@ -1,0 +1,363 @@
+"""From one process to a cluster: FSDP2, DTensor and DCP as torch has them. All of this project that knows of ranks.
+
+    setup()          join the other ranks, if torchrun started us
+    shard(net)       spread a network's weights over them
+    save(), load()   a checkpoint that any number of ranks can read, verified by hashes, never on top of an older one
+
+Every rank holds a slice of each weight, its gradient and its optimizer state (fp32), and gathers a block's weights just
+before it needs them (in bf16, if --precision says so); gradients are averaged in fp32. A rank computes its own part of
+the global batch. What it draws depends on (seed, step, index in the global batch) alone, so ranks need not talk about
+draws; but if one ever took another path than the rest, all would wait for each other for ever. So before every forward
+of a sharded network the ranks `agree`: each says what it is about to run, and if two differ, or one says nothing for
+--timeout seconds, all stop with a message.
+
+A plain `python train.py` in fp32 has no ranks: then shard leaves the network whole, and the rest does nothing.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import warnings
+import zlib
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+@dataclass
+class Control:
+    """How ranks talk about other things than tensors: over gloo, beside whatever carries the gradients."""
+
+    group: dist.ProcessGroup
+    store: dist.Store
+    mesh: dist.DeviceMesh
+    timeout: float  # seconds
+    calls: int = 0  # of agree, so far
+
+
+control: Control | None = None  # of this process; None: there are no ranks
+
+
+class RankError(RuntimeError):
+    """Ranks that disagree, or one that does not answer."""
+
+
+@contextmanager
+def setup(device: str, precision: str, shard_over: int, timeout: float):
+    """Join the other ranks for as long as the context lasts. Without torchrun one rank, and for fp32 none at all.
+
+    shard_over: how many ranks share one copy of the weights; 0: all ranks of a node, so that several nodes hold a copy
+    each (HSDP). timeout: seconds after which a rank that says nothing counts as lost.
+    """
+    global control
+    launched, cuda = "RANK" in os.environ, device.startswith("cuda")
+    if control or not launched and precision == "fp32":
+        yield
+        return
+    patience = timedelta(seconds=timeout)
+    store, rank, size = dist.HashStore(), 0, 1
+    if launched:
+        store, rank, size = next(rendezvous("env://", timeout=patience))
+        store.set_timeout(patience)
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=patience)
+    try:
+        shard_over = shard_over or min(size, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+        if size % shard_over:
+            raise ValueError(f"got {size} ranks and --shard-over {shard_over}, expected a divisor of {size}: change "
+                             "--shard-over")
+        mesh = init_device_mesh("cuda" if cuda else "cpu", (size // shard_over, shard_over),
+                                mesh_dim_names=("copies", "shards"))
+        control = Control(dist.new_group(backend="gloo", timeout=patience), store, mesh, timeout)
+        yield
+    finally:
+        control = None
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if control else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if control else 1
+
+
+def my_parts(batch: int, accum: int) -> list[slice]:
+    """The parts of the global batch that this rank computes, one after the other: `accum` slices of equal size."""
+    size = batch // (world() * accum)
+    first = rank() * accum * size
+    return [slice(first + i * size, first + (i + 1) * size) for i in range(accum)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks
+
+def shard(net: nn.Module, precision: str, gather: str, name: str) -> nn.Module:
+    """Spread a network that may still be on the meta device over the ranks, block by block, then the rest.
+
+    precision: bf16 computes in bf16, with fp32 weights and reductions behind it. gather: "forward" drops a block's
+    gathered weights after each forward, "update" keeps them until they change. name: what `agree` calls the network.
+    """
+    if control is None:
+        return net
+    policy = MixedPrecisionPolicy(torch.bfloat16 if precision == "bf16" else None, torch.float32,
+                                  cast_forward_inputs=False)  # times stay in float32
+    mesh = control.mesh if control.mesh.size(0) > 1 else control.mesh["shards"]
+    for module in [*getattr(net, "blocks", []), net]:
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=gather == "forward")
+
+    def say(net, args, layout):
+        known = {k: tuple(v.shape) if isinstance(v, Tensor) else v if isinstance(v, int) else "" for k, v in
+                 layout.items()}
+        shapes = [tuple(x.shape) for x in args if isinstance(x, Tensor)]
+        agree(f"{name} on {shapes} {known}, {'with' if torch.is_grad_enabled() else 'without'} gradient")
+
+    net.register_forward_pre_hook(say, prepend=True, with_kwargs=True)
+    return net
+
+
+@torch.no_grad()
+def fill(net: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy whole tensors, one at a time, into a network: each rank takes its slice."""
+    own = net.state_dict()
+    for name, w in weights:
+        if isinstance(own[name], DTensor):
+            p = own[name]
+            w = distribute_tensor(w.to(p.device, p.dtype), p.device_mesh, p.placements, src_data_rank=None)
+        own[name].copy_(w)
+
+
+def whole(x: Tensor) -> Tensor:
+    """All of a tensor, on every rank."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def whole_weights(net: nn.Module) -> dict[str, Tensor]:
+    """All weights of a network in CPU memory on rank 0, nothing on the others. Every rank must call it."""
+    weights = {}
+    for name, p in net.state_dict().items():
+        full = whole(p.detach())
+        if rank() == 0:
+            weights[name] = full.cpu()
+    return weights
+
+
+def forget_gathered(*nets: nn.Module) -> None:
+    """Drop gathered weights (gather="update"): the slices that they were gathered from have changed."""
+    for net in nets:
+        for module in net.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What ranks tell each other
+
+def agree(what: str) -> None:
+    """Wait for all ranks; RankError on every one if one is about to do something else, or does not come."""
+    if world() == 1:
+        return
+    control.calls += 1
+    control.store.set(f"rank {rank()}", f"{control.calls} {what}")
+    mine = torch.tensor([zlib.crc32(what.encode())])
+    heard = [torch.empty_like(mine) for _ in range(world())]
+    try:
+        dist.all_gather(heard, mine, group=control.group)
+    except RuntimeError as e:
+        raise RankError(f"rank {rank()} waited in vain, at most {control.timeout:g} s, before {what}. {late()}") from e
+    if len({h.item() for h in heard}) > 1:
+        said = everyone(what)
+        lines = "".join(f"\n  rank {r}: {s}" for r, s in enumerate(said))
+        raise RankError(f"ranks disagree on what comes next:{lines}\nexpected the same on every rank: start all of "
+                        "them with the same code, flags, --data and --out")
+
+
+def late() -> str:
+    """Which ranks are behind this one, and where they were last seen."""
+    try:
+        seen = {r: control.store.get(f"rank {r}").decode().split(" ", 1) for r in range(world())}
+    except RuntimeError:
+        return "The rank that keeps their addresses is gone, too: look at the logs of the other ranks."
+    behind = [f"rank {r} was last seen before {what}" for r, (n, what) in seen.items() if int(n) < control.calls]
+    return "; ".join(behind or ["all were here"]) + ". It has died or stalled: see its log (--timeout: the patience)"
+
+
+def everyone(x) -> list:
+    """x of every rank, in their order."""
+    gathered = [x]
+    if world() > 1:
+        gathered = [None] * world()
+        dist.all_gather_object(gathered, x, group=control.group)
+    return gathered
+
+
+def any_rank(x: bool) -> bool:
+    return any(everyone(bool(x)))
+
+
+def on_rank_0(work: Callable):
+    """Run work() on rank 0 alone; every rank returns its result or raises its error."""
+    result, error = None, None
+    if rank() == 0:
+        try:
+            result = work()
+        except (OSError, ValueError) as e:
+            error = e
+    if world() > 1:
+        heard = [result, error]
+        dist.broadcast_object_list(heard, src=0, group=control.group)
+        result, error = heard
+    if error:
+        raise error
+    return result
+
+
+def mean(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The mean over ranks of every tensor, in one message."""
+    if world() == 1:
+        return metrics
+    flat = torch.cat([v.detach().double().cpu().flatten() for v in metrics.values()])
+    dist.all_reduce(flat, group=control.group)
+    flat = (flat / world()).split([v.numel() for v in metrics.values()])
+    return {k: x.to(v.dtype).view(v.shape) for (k, v), x in zip(metrics.items(), flat)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: FOLDER/00000100/ holds DCP's files, about.json (step, counters, settings) and sha256.json, the hash of
+# each of them. It is written as 00000100.writing and renamed when all of it is on disk, so a killed save never looks
+# like a whole one.
+
+def save(folder: Path, step: int, tensors: dict[str, Tensor], about: dict, keep: int) -> None:
+    """Write a checkpoint; then, once it was read back and found intact, forget all but the newest `keep`.
+
+    tensors: name -> plain tensor or DTensor; about: JSON. Every rank must call it. OSError, on every rank, if it cannot
+    be written; the older ones are as they were then.
+    """
+    fresh, final = folder / f"{step:08d}.writing", folder / f"{step:08d}"
+    on_rank_0(lambda: shutil.rmtree(fresh, ignore_errors=True))
+    try:
+        with quiet():
+            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(fresh), process_group=control and control.group,
+                     no_dist=control is None)
+    except (CheckpointException, OSError, RuntimeError) as e:
+        why = "; ".join(f"{x[0]}" for x in e.failures.values()) if isinstance(e, CheckpointException) else e
+        raise OSError(f"got no space or no right to write the checkpoint {fresh} ({why}); what was saved before is "
+                      "as it was: free some space, or change --out") from e
+
+    def finish():
+        write_text(fresh / "about.json", json.dumps(about))
+        write_text(fresh / "sha256.json", json.dumps(hashes(fresh)))
+        if final.exists():  # found damaged when this run started; it is kept, for who may want to look
+            final.rename(next(p for i in range(10**6) if not (p := folder / f"{step:08d}.damaged{i}").exists()))
+        fresh.rename(final)
+        sync(folder)
+        if reason := damage(final):
+            raise OSError(f"got {reason} in the checkpoint {final} just written, expected what was written: check the "
+                          "disk, or change --out. Older checkpoints are as they were")
+        for old in checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+
+    on_rank_0(finish)
+
+
+def load(folder: Path, tensors: dict[str, Tensor]) -> dict | None:
+    """Read the newest intact checkpoint into tensors, in place, from whatever number of ranks it was written by.
+
+    Returns its `about`; None if there is none. A damaged one is named, left where it is, and the one before is taken.
+    ValueError if all are damaged, or hold other tensors.
+    """
+    path = on_rank_0(lambda: newest_intact(folder))
+    if path is None:
+        return None
+    try:
+        with quiet():
+            dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), process_group=control and control.group,
+                     no_dist=control is None)
+    except (CheckpointException, RuntimeError, ValueError) as e:
+        raise ValueError(f"got other tensors in {path} than this stage has ({e}), expected the same: change --out or "
+                         "--size, or move the checkpoint away to train the stage again") from e
+    return json.loads((path / "about.json").read_text())
+
+
+def newest_intact(folder: Path) -> Path | None:
+    damaged = []
+    for path in reversed(checkpoints(folder)):
+        reason = damage(path)
+        if not reason:
+            return path
+        print(f"warning: the checkpoint {path} is damaged ({reason}); trying the one before", file=sys.stderr)
+        damaged.append(f"{path} ({reason})")
+    if damaged:
+        raise ValueError(f"got only damaged checkpoints, {', '.join(damaged)}, expected an intact one: move {folder} "
+                         "away to train this stage from its start, or change --out")
+    return None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The finished checkpoints in a folder, oldest first."""
+    return sorted(path for path in folder.glob("*") if path.name.isdigit())
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    def sha256(path):
+        with open(path, "rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+
+    files = sorted(path for path in folder.iterdir() if path.name != "sha256.json")
+    with ThreadPoolExecutor() as pool:
+        return dict(zip((path.name for path in files), pool.map(sha256, files)))
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, by its recorded hashes; None if nothing."""
+    try:
+        recorded, found = json.loads((folder / "sha256.json").read_text()), hashes(folder)
+    except (OSError, ValueError) as e:
+        return f"sha256.json or another file cannot be read: {e}"
+    wrong = sorted(name for name in recorded.keys() | found.keys() if recorded.get(name) != found.get(name))
+    return f"{', '.join(wrong)}: missing, truncated or changed" if wrong else None
+
+
+@contextmanager
+def quiet():
+    """Without DCP's remark that one process saves alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file by a complete new one."""
+    fresh = path.with_name(path.name + ".writing")
+    with open(fresh, "w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(fresh, path)
+    sync(path.parent)
+
+
+def sync(folder: Path) -> None:
+    """Make what was created or renamed in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
