@@ -160,7 +160,7 @@ def whole_weights(net: nn.Module) -> dict[str, Tensor]:
 
 
 def forget_gathered(*nets: nn.Module) -> None:
-    """Drop gathered weights (gather="update"): the slices that they were gathered from have changed."""
+    """Drop gathered weights (gather="update"): the slices that they were gathered from change now."""
     for net in nets:
         for module in net.modules():
             if isinstance(module, FSDPModule):

@@ -244,8 +244,8 @@ def descend(cfg, net, optimizer, loss_of: Callable, lr, flag) -> dict:
 def average(ema, net, decay, step):
     """ema <- decay ema + (1 - decay) net, with a smaller decay at first, so that the start is forgotten."""
     decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
     fsdp.forget_gathered(ema)
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
 
 def warm_then_decay(step, steps):
@@ -389,10 +389,11 @@ def distribution_matching(cfg, net, ema, teacher, critic, make, more_terms=no_te
 
 
 def clip_statistics(x0: Tensor, chunk: int) -> dict:
-    """Mean, standard deviation and motion (mean |difference| of neighbouring frames) of clips, chunk by chunk."""
-    x = x0.detach().float().unflatten(1, (-1, chunk)).transpose(0, 1).flatten(1)  # (chunks, all of it)
-    motion = x0.detach().float().diff(dim=1).abs().mean((0, 2, 3, 4))
-    return {"chunk_mean": x.mean(1), "chunk_std": x.std(1), "frame_difference": motion}
+    """Of clips `b f c h w`: mean and mean square of every chunk, mean |difference| of neighbouring frames."""
+    x0 = x0.detach().float()
+    x = x0.unflatten(1, (-1, chunk)).transpose(0, 1).flatten(1)  # (chunks, all of it)
+    motion = x0.diff(dim=1).abs().mean((0, 2, 3, 4))
+    return {"chunk_mean": x.mean(1), "chunk_square": x.square().mean(1), "frame_difference": motion}
 
 
 def self_rollout(cfg, net, text, noise, steps, exit_step, tm_te=None) -> tuple[Tensor, list[Tensor]]:

@@ -364,11 +364,14 @@ def run_stage(cfg, stage, most=sys.maxsize, until=float("inf")) -> int:
 
 
 def readable(metrics: dict) -> dict:
-    """Metrics as JSON numbers and lists, with the critic's loss by quarter of t out of its sums and counts."""
+    """Metrics as JSON numbers and lists; of sums, counts and squares, which parts of a batch can be averaged over, come
+    the critic's loss by quarter of t and the standard deviation of chunks."""
     plain = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in metrics.items()}
-    sums, counts = plain.pop("critic_t_sum", None), plain.pop("critic_t_count", None)
-    if sums:
-        plain["critic_by_t"] = [s / n if n else None for s, n in zip(sums, counts)]
+    if "critic_t_sum" in plain:
+        sums_and_counts = zip(plain.pop("critic_t_sum"), plain.pop("critic_t_count"))
+        plain["critic_by_t"] = [s / n if n else None for s, n in sums_and_counts]
+        squares_and_means = zip(plain.pop("chunk_square"), plain["chunk_mean"])
+        plain["chunk_std"] = [max(0.0, square - mean**2) ** 0.5 for square, mean in squares_and_means]
     return plain
 
 
