@@ -55,12 +55,16 @@ def forward_flops(c, shape, chunk=None, clean=None, cache=None, commit=False, un
     return 2.0 * b * (streams * (layers * (linear + attention) + embeddings) + head)
 
 
+def tokens_of_clip(cfg) -> int:
+    _, ph, pw = SIZES[cfg.size].patch_size
+    return cfg.frames * (cfg.height // ph) * (cfg.width // pw)
+
+
 class Meter:
     """Speed and memory of one update after the other, as metrics."""
 
     def __init__(self, cfg):
-        c = SIZES[cfg.size]
-        self.tokens = cfg.batch * cfg.frames * (cfg.height // c.patch_size[1]) * (cfg.width // c.patch_size[2])
+        self.tokens = cfg.batch * tokens_of_clip(cfg)
         self.cuda = cfg.device.startswith("cuda")
         name = torch.cuda.get_device_name() if self.cuda else ""
         self.peak = next((rate for card, rate in PEAK.items() if card in name and cfg.precision == "bf16"), None)

@@ -48,6 +48,7 @@ class Control:
     mesh: dist.DeviceMesh
     timeout: float  # seconds
     calls: int = 0  # of agree, so far
+    last: str = "the start"  # what the last of them was about
 
 
 control: Control | None = None  # of this process; None: there are no ranks
@@ -71,13 +72,13 @@ def setup(device: str, precision: str, shard_over: int, timeout: float):
         return
     patience = timedelta(seconds=timeout)
     store, rank, size = dist.HashStore(), 0, 1
-    if launched:
-        store, rank, size = next(rendezvous("env://", timeout=patience))
-        store.set_timeout(patience)
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=patience)
     try:
+        if launched:
+            store, rank, size = next(rendezvous("env://", timeout=patience))
+            store.set_timeout(patience)
+        if cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=patience)
         shard_over = shard_over or min(size, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
         if size % shard_over:
             raise ValueError(f"got {size} ranks and --shard-over {shard_over}, expected a divisor of {size}: change "
@@ -86,9 +87,14 @@ def setup(device: str, precision: str, shard_over: int, timeout: float):
                                 mesh_dim_names=("copies", "shards"))
         control = Control(dist.new_group(backend="gloo", timeout=patience), store, mesh, timeout)
         yield
+    except RuntimeError as e:
+        if is_lost(e):  # while they meet, or in a backward, where nothing is agreed on first
+            raise in_vain(e, timeout) from e
+        raise
     finally:
         control = None
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def rank() -> int:
@@ -174,46 +180,70 @@ def agree(what: str) -> None:
     """Wait for all ranks; RankError on every one if one is about to do something else, or does not come."""
     if world() == 1:
         return
-    control.calls += 1
-    control.store.set(f"rank {rank()}", f"{control.calls} {what}")
+    control.calls, control.last = control.calls + 1, what
     mine = torch.tensor([zlib.crc32(what.encode())])
     heard = [torch.empty_like(mine) for _ in range(world())]
     try:
+        control.store.set(f"rank {rank()}", f"{control.calls} {what}")
         dist.all_gather(heard, mine, group=control.group)
     except RuntimeError as e:
-        raise RankError(f"rank {rank()} waited in vain, at most {control.timeout:g} s, before {what}. {late()}") from e
+        raise in_vain(e, control.timeout) from e
     if len({h.item() for h in heard}) > 1:
-        said = everyone(what)
-        lines = "".join(f"\n  rank {r}: {s}" for r, s in enumerate(said))
+        lines = "".join(f"\n  rank {r}: {said}" for r, said in enumerate(gather(what)))
         raise RankError(f"ranks disagree on what comes next:{lines}\nexpected the same on every rank: start all of "
                         "them with the same code, flags, --data and --out")
 
 
+def is_lost(e: Exception) -> bool:
+    """Whether an error says that another rank has died or does not answer. gloo has no type for that."""
+    return isinstance(e, dist.DistError) or "gloo" in str(e)
+
+
+def in_vain(e: Exception, timeout: float) -> RankError:
+    """What to say of an error of is_lost."""
+    why = f"waited {timeout:g} s in vain" if "timed out" in str(e).lower() else "lost the connection to another rank"
+    if control is None:
+        return RankError(f"got no meeting of all ranks: this one {why} ({e}); expected all to start: see their logs "
+                         "(--timeout: the patience)")
+    return RankError(f"rank {rank()} {why}, at: {control.last}. {late()}")
+
+
 def late() -> str:
     """Which ranks are behind this one, and where they were last seen."""
+    def seen(r):
+        known = control.store.check([f"rank {r}"])
+        n, what = control.store.get(f"rank {r}").decode().split(" ", 1) if known else (0, "the start")
+        return int(n), what
+
     try:
-        seen = {r: control.store.get(f"rank {r}").decode().split(" ", 1) for r in range(world())}
+        behind = [f"rank {r} was last seen at: {what}" for r in range(world())
+                  for n, what in [seen(r)] if n < control.calls]
     except RuntimeError:
-        return "The rank that keeps their addresses is gone, too: look at the logs of the other ranks."
-    behind = [f"rank {r} was last seen before {what}" for r, (n, what) in seen.items() if int(n) < control.calls]
-    return "; ".join(behind or ["all were here"]) + ". It has died or stalled: see its log (--timeout: the patience)"
+        return "The rank that keeps their addresses is gone, too: see the logs of the other ranks"
+    return "; ".join(behind or ["All had come there"]) + (". It has died or stalled: see its log (--timeout: the "
+                                                          "patience)")
 
 
-def everyone(x) -> list:
+def gather(x) -> list:
     """x of every rank, in their order."""
-    gathered = [x]
-    if world() > 1:
-        gathered = [None] * world()
-        dist.all_gather_object(gathered, x, group=control.group)
+    gathered = [None] * world()
+    dist.all_gather_object(gathered, x, group=control.group)
     return gathered
 
 
-def any_rank(x: bool) -> bool:
-    return any(everyone(bool(x)))
+def everyone(x, what: str) -> list:
+    """x of every rank, in their order. what: what x is."""
+    agree(what)
+    return gather(x) if world() > 1 else [x]
 
 
-def on_rank_0(work: Callable):
+def any_rank(x: bool, what: str) -> bool:
+    return any(everyone(bool(x), what))
+
+
+def on_rank_0(work: Callable, what: str = "what rank 0 does alone"):
     """Run work() on rank 0 alone; every rank returns its result or raises its error."""
+    agree(what)
     result, error = None, None
     if rank() == 0:
         try:
@@ -233,6 +263,7 @@ def mean(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
     """The mean over ranks of every tensor, in one message."""
     if world() == 1:
         return metrics
+    agree(f"the mean of {', '.join(metrics)}")
     flat = torch.cat([v.detach().double().cpu().flatten() for v in metrics.values()])
     dist.all_reduce(flat, group=control.group)
     flat = (flat / world()).split([v.numel() for v in metrics.values()])
@@ -251,17 +282,28 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], about: dict, keep:
     be written; the older ones are as they were then.
     """
     fresh, final = folder / f"{step:08d}.writing", folder / f"{step:08d}"
-    on_rank_0(lambda: shutil.rmtree(fresh, ignore_errors=True))
+
+    def tidy():  # what killed saves have left
+        for path in folder.glob("*.writing"):
+            shutil.rmtree(path)
+
+    on_rank_0(tidy, f"saving {final}")
     try:
         with quiet():
             dcp.save(tensors, storage_writer=dcp.FileSystemWriter(fresh), process_group=control and control.group,
                      no_dist=control is None)
     except (CheckpointException, OSError, RuntimeError) as e:
+        if is_lost(e):
+            raise
         why = "; ".join(f"{x[0]}" for x in e.failures.values()) if isinstance(e, CheckpointException) else e
         raise OSError(f"got no space or no right to write the checkpoint {fresh} ({why}); what was saved before is "
                       "as it was: free some space, or change --out") from e
 
     def finish():
+        parts = {part.relative_path for part in dcp.FileSystemReader(fresh).read_metadata().storage_data.values()}
+        if elsewhere := sorted(part for part in parts if not (fresh / part).exists()):
+            raise OSError(f"got no {', '.join(elsewhere)} of other ranks in {fresh}, expected a folder that all ranks "
+                          "share: change --out")
         write_text(fresh / "about.json", json.dumps(about))
         write_text(fresh / "sha256.json", json.dumps(hashes(fresh)))
         if final.exists():  # found damaged when this run started; it is kept, for who may want to look
@@ -271,10 +313,11 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], about: dict, keep:
         if reason := damage(final):
             raise OSError(f"got {reason} in the checkpoint {final} just written, expected what was written: check the "
                           "disk, or change --out. Older checkpoints are as they were")
-        for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+        older = [path for path in checkpoints(folder) if int(path.name) <= step]  # any newer one is a damaged one
+        for path in older[:-keep]:
+            shutil.rmtree(path)
 
-    on_rank_0(finish)
+    on_rank_0(finish, f"verifying {final}")
 
 
 def load(folder: Path, tensors: dict[str, Tensor]) -> dict | None:
@@ -283,7 +326,7 @@ def load(folder: Path, tensors: dict[str, Tensor]) -> dict | None:
     Returns its `about`; None if there is none. A damaged one is named, left where it is, and the one before is taken.
     ValueError if all are damaged, or hold other tensors.
     """
-    path = on_rank_0(lambda: newest_intact(folder))
+    path = on_rank_0(lambda: newest_intact(folder), f"verifying what is in {folder}")
     if path is None:
         return None
     try:
@@ -291,6 +334,8 @@ def load(folder: Path, tensors: dict[str, Tensor]) -> dict | None:
             dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), process_group=control and control.group,
                      no_dist=control is None)
     except (CheckpointException, RuntimeError, ValueError) as e:
+        if is_lost(e):
+            raise
         raise ValueError(f"got other tensors in {path} than this stage has ({e}), expected the same: change --out or "
                          "--size, or move the checkpoint away to train the stage again") from e
     return json.loads((path / "about.json").read_text())

@@ -439,9 +439,12 @@ class CausalWan(nn.Module):
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
     """Write a safetensors file with `about` (JSON) in its header; the old file is replaced only by a complete new
-    one."""
+    one. OSError, with the path, if it cannot be written."""
     fresh = Path(path).with_name(Path(path).name + ".writing")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, fresh, {"about": json.dumps(about)})
+    try:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, fresh, {"about": json.dumps(about)})
+    except SafetensorError as e:
+        raise OSError(f"got no space or no right to write {path} ({e}): free some space, or change --out") from e
     with open(fresh, "rb+") as f:
         os.fsync(f.fileno())
     os.replace(fresh, path)

@@ -3,7 +3,7 @@
 `python train.py --size wan1.3b --stage salt --plan` builds the stage on the meta device, where tensors have shapes and
 no data, runs one update, and follows every tensor from birth to death. Only one line is a formula:
 
-    memory of a rank = (weights + gradients + moments) / ranks + gathered weights + the most that the dry run held
+    memory of a rank = (weights + moments + gradients) / ranks + gathered weights + the most that the dry run held
 
 with fp32 weights, averages, gradients and both AdamW moments of what is trained, and teachers in --precision.
 """
@@ -19,33 +19,47 @@ from torch.utils._pytree import tree_leaves
 import flops
 from baselines import STAGES
 from model import SIZES
-from stages import RECIPE, draws, rollout_length
+from stages import RECIPE, draws, rollout_length, state_of
 
 
 class Live(TorchDispatchMode):
-    """Follows the tensors made while it is on: `now` and `most`, the bytes they hold together."""
+    """Follows the tensors made while it is on, from birth to death, weights and moments left out.
 
-    def __init__(self):
+    most: the most bytes that they held at a time, gradients of weights left out; most_with: in all.
+    """
+
+    def __init__(self, there_already):
         super().__init__()
-        self.now = self.most = 0
-        self.known = weakref.WeakSet()
+        self.held = {"activations": 0, "gradients": 0}
+        self.most = self.most_with = 0
+        self.kinds = weakref.WeakKeyDictionary({x.untyped_storage(): ["there already"] for x in there_already})
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor):
+            if isinstance(x, torch.Tensor) and x.device.type == "meta":
                 self.follow(x.untyped_storage())
         return out
 
     def follow(self, storage):
-        if storage not in self.known:
-            self.known.add(storage)
-            self.now += storage.nbytes()
-            self.most = max(self.most, self.now)
-            weakref.finalize(storage, self.forget, storage.nbytes())
+        if storage not in self.kinds:
+            kind = self.kinds[storage] = ["activations"]
+            self.add(kind, storage.nbytes())
+            weakref.finalize(storage, self.add, kind, -storage.nbytes())
 
-    def forget(self, size):
-        self.now -= size
+    def add(self, kind, size):
+        self.held[kind[0]] += size
+        self.most = max(self.most, self.held["activations"])
+        self.most_with = max(self.most_with, sum(self.held.values()))
+
+    def call_gradient(self, p):
+        """The gradient of a weight has arrived."""
+        storage = p.grad.untyped_storage()
+        kind = self.kinds[storage]
+        if kind[0] == "activations":
+            self.add(kind, -storage.nbytes())
+            kind[0] = "gradients"
+            self.add(kind, storage.nbytes())
 
 
 def fused_attention(q, k, v):
@@ -57,60 +71,72 @@ def fused_attention(q, k, v):
 class Needs:
     """Bytes that a stage needs, before they are spread over ranks, and FLOPs of an update of the whole batch."""
 
-    weights: int  # all networks
-    gradients: int
+    weights: int  # of all networks
     moments: int
     gathered: int  # weights in the precision of the forward, as many as are gathered at a time
     activations: int  # the most that an update holds besides, the cache included
+    gradients: int  # how much more that is with gradients of weights: they come as activations go
     cache: int
     flops: float
 
     def on(self, ranks: int) -> float:
         """Bytes of each of so many ranks, of which every one works on one clip at a time."""
-        return (self.weights + self.gradients + self.moments) / ranks + self.gathered + self.activations
+        return (self.weights + self.moments + self.gradients) / ranks + self.gathered + self.activations
 
 
 def needs(cfg, stage) -> Needs:
-    """A dry run of one update of a stage on one clip, the costliest it has: the largest K, with all of its terms."""
-    dense = {"mixed_probs": tuple(float(k == max(cfg.mixed_steps)) for k in cfg.mixed_steps), "align_prob": 1.0}
-    dry = replace(cfg, device="meta", batch=1, accum=1, critic_steps=1, compile=False, data="random", **dense)
-    def exit_step(step):
-        return rollout_length(dry.mixed_steps, dry.mixed_probs, draws(dry, "dmd", step))[1]
-
-    # the last exit that leaves room for L_SC
-    step = next(s for s in range(10**6) if exit_step(s) == max(cfg.mixed_steps) - 2)
+    """A dry run of one update of a stage on one clip, the costliest it has: the largest K, with room for L_SC."""
+    largest = tuple(float(k == max(cfg.mixed_steps)) for k in cfg.mixed_steps)
+    dry = replace(cfg, device="meta", batch=1, accum=1, critic_steps=1, compile=False, data="random",
+                  mixed_probs=largest)
     flops.watched.clear()
     training = STAGES[stage].begin(dry, STAGES[stage].start)
-    weights = gathered = trained = 0
-    low = 2 if cfg.precision == "bf16" else 4
-    for net in flops.watched:
-        block, all_of_it = (sum(p.numel() for p in x.parameters()) for x in (net.blocks[0], net))
-        weights += all_of_it * (4 if any(net is x for x in training.nets.values()) else low)
-        if cfg.gather == "update":
-            gathered += low * all_of_it
-        else:  # all but the blocks, and two of them: the one at work and the next
-            gathered = max(gathered, low * (all_of_it - block * (len(net.blocks) - 2)))
-    for optimizer in training.optimizers.values():
-        for p in (p for group in optimizer.param_groups for p in group["params"]):
-            trained += p.numel()
-            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))  # they are counted by themselves
-    before, of_critic = flops.done, 0.0
+    nets, trained = list(flops.watched), [p for o in training.optimizers.values() for p in trained_by(o)]
+    live = Live([p for net in nets for p in net.parameters()] + [*state_of(training).values()])
+    for p in trained:
+        p.register_post_accumulate_grad_hook(live.call_gradient)
+    before, of_critic = flops.done, [0.0]
     if "critic" in training.optimizers:
+        training.optimizers["critic"].register_step_post_hook(lambda *_: of_critic.append(flops.done - before))
+    with mock.patch("torch.nn.functional.scaled_dot_product_attention", fused_attention), live:
+        training.update(late_exit(dry))
 
-        def note(*_):
-            nonlocal of_critic
-            of_critic = flops.done - before
+    low = 2 if cfg.precision == "bf16" else 4  # bytes; the dry run computes, and has its gradients, in this precision
+    kept_fp32 = [net for net in nets if any(net is x for x in training.nets.values())]
+    return Needs(
+        weights=sum((4 if net in kept_fp32 else low) * size(net) for net in nets),
+        moments=8 * sum(p.numel() for p in trained),
+        gathered=low * (sum(map(size, nets)) if cfg.gather == "update" else max(map(at_a_time, nets))),
+        activations=live.most,
+        gradients=(live.most_with - live.most) * 4 // low,
+        cache=2 * low * SIZES[cfg.size].num_layers * SIZES[cfg.size].dim * flops.tokens_of_clip(cfg),
+        flops=cfg.batch * (flops.done - before + (cfg.critic_steps - 1) * of_critic[-1]),
+    )
 
-        training.optimizers["critic"].register_step_post_hook(note)
-    with mock.patch("torch.nn.functional.scaled_dot_product_attention", fused_attention), Live() as live:
-        training.update(step)
-    c = SIZES[cfg.size]
-    tokens = cfg.frames * (cfg.height // c.patch_size[1]) * (cfg.width // c.patch_size[2])
-    return Needs(weights, 4 * trained, 8 * trained, gathered, live.most, 2 * c.num_layers * tokens * c.dim * low,
-                 cfg.batch * (flops.done - before + (cfg.critic_steps - 1) * of_critic))
+
+def late_exit(cfg) -> int:
+    """A step whose rollout exits as late as leaves room for a triple of L_SC."""
+    def exit_step(step):
+        return rollout_length(cfg.mixed_steps, cfg.mixed_probs, draws(cfg, "dmd", step))[1]
+
+    return next(step for step in range(10**6) if exit_step(step) == max(cfg.mixed_steps) - 2)
 
 
-COLUMNS = "weights gradients moments gathered activations (cache) on-1-GPU".split()
+def trained_by(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def size(net) -> int:
+    return sum(p.numel() for p in net.parameters())
+
+
+def at_a_time(net) -> int:
+    """Weights that --gather forward gathers at a time: two blocks, the one at work and the next, and what is not in a
+    block."""
+    return size(net) - (len(net.blocks) - 2) * size(net.blocks[0])
+
+
+COLUMNS = "weights moments gathered activations (cache) gradients on-1-GPU".split()
 
 
 def table(cfg) -> str:
@@ -121,7 +147,7 @@ def table(cfg) -> str:
              f"{'stage':<18} {columns} | GPUs of {cfg.gpu_memory:g} GB, each | PFLOP"]
     for stage in RECIPE if cfg.stage == "all" else (cfg.stage,):
         n = needs(cfg, stage)
-        held = (n.weights, n.gradients, n.moments, n.gathered, n.activations, n.cache, n.on(1))
+        held = (n.weights, n.moments, n.gathered, n.activations, n.cache, n.gradients, n.on(1))
         fits = [k for k in range(1, cfg.batch + 1) if cfg.batch % k == 0 and n.on(k) <= 1e9 * cfg.gpu_memory]
         gpus = f"{fits[0]:>6}, {n.on(fits[0]) / 1e9:.2f}" if fits else f"more than {cfg.batch}"
         lines.append(f"{stage:<18} {' '.join(f'{x / 1e9:>11.3f}' for x in held)} | {gpus:>20} | {n.flops / 1e15:.3g}")

@@ -215,6 +215,30 @@ def adamw(net, betas=(0.9, 0.95)):
     return torch.optim.AdamW(net.parameters(), lr=0, betas=betas, weight_decay=0.01)
 
 
+def state_of(training) -> dict:
+    """Every tensor that a stage changes, by name: networks and optimizers."""
+    tensors = {f"{name}.{k}": v for name, net in training.nets.items() for k, v in net.state_dict().items()}
+    for name, optimizer in training.optimizers.items():
+        if not optimizer.state:
+            start_moments(optimizer)
+        for i, moments in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{name}.{i}.{k}": v for k, v in moments.items()}
+    return tensors
+
+
+@torch.no_grad()
+def start_moments(optimizer):
+    """Make an optimizer's moments, all zero, before its first step, so that a checkpoint can be read into them."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    optimizer.step()  # with learning rate 0 and no gradient: it moves nothing
+    optimizer.zero_grad(set_to_none=True)
+    for moments in optimizer.state.values():
+        for v in moments.values():
+            v.zero_()
+
+
 def descend(cfg, net, optimizer, loss_of: Callable, lr, flag) -> dict:
     """One step of an optimizer on the mean over the batch of loss_of(part) -> (loss, metrics), part by part.
 
@@ -230,8 +254,9 @@ def descend(cfg, net, optimizer, loss_of: Callable, lr, flag) -> dict:
     metrics["grad_norm"] = fsdp.whole(torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip_norm))
     here, metrics = metrics, fsdp.mean(metrics)
     if not dry_run(cfg) and not all(v.isfinite().all() for v in metrics.values()):
-        bad = fsdp.everyone(next((k for k, v in here.items() if not v.isfinite().all()), ""))
-        where = ", ".join(f"{name} on rank {rank}" for rank, name in enumerate(bad) if name)
+        bad = fsdp.everyone(next((k for k, v in here.items() if not v.isfinite().all()), ""), "what is not finite")
+        where = ", ".join(f"{name} on rank {rank}" for rank, name in enumerate(bad) if name not in ("", "grad_norm"))
+        where = where or "grad_norm, which is over all ranks"
         raise FloatingPointError(f"got a non-finite {where}, expected finite numbers: try a smaller {flag}")
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -22,7 +22,7 @@ stage, step, index in the batch). What is written replaces the old only when it 
 """
 
 import argparse
-import hashlib
+import errno
 import json
 import re
 import signal
@@ -43,7 +43,7 @@ import plan
 from baselines import STAGES
 from flowmap import schedule
 from model import SIZES, about_of, write_tensors
-from stages import KINDS, RECIPE, Training, folder, is_finished, path_of
+from stages import KINDS, RECIPE, folder, is_finished, path_of, state_of
 
 
 def flag(default, help, affects="bidirectional"):
@@ -228,30 +228,6 @@ def states_of(cfg, stage) -> Path:
     return path_of(cfg, stage).with_suffix(".state")
 
 
-def state_of(training: Training) -> dict:
-    """Every tensor that a stage changes, by name: networks and optimizers."""
-    tensors = {f"{name}.{k}": v for name, net in training.nets.items() for k, v in net.state_dict().items()}
-    for name, optimizer in training.optimizers.items():
-        if not optimizer.state:
-            start_moments(optimizer)
-        for i, moments in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{name}.{i}.{k}": v for k, v in moments.items()}
-    return tensors
-
-
-@torch.no_grad()
-def start_moments(optimizer):
-    """Make an optimizer's moments, all zero, before its first step, so that a checkpoint can be read into them."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            p.grad = torch.zeros_like(p)
-    optimizer.step()  # with learning rate 0 and no gradient: it moves nothing
-    optimizer.zero_grad(set_to_none=True)
-    for moments in optimizer.state.values():
-        for v in moments.values():
-            v.zero_()
-
-
 def record(cfg, line: dict):
     with open(Path(cfg.out) / "metrics.jsonl", "a") as f:
         f.write(json.dumps(line) + "\n")
@@ -289,26 +265,26 @@ def same_settings(cfg, stage, path, was: dict):
 
 @contextmanager
 def stopping_gently():
-    """Yields a list that the first Ctrl-C or SIGTERM fills, so that the update in hand is finished and saved."""
-    asked, signals = [], (signal.SIGINT, signal.SIGTERM)
+    """Yields a list that Ctrl-C or SIGTERM fills, so that the update in hand is finished and saved. Only a second
+    Ctrl-C stops at once: a second SIGTERM comes where a scheduler and torchrun both send one."""
+    asked = []
 
     def ask(number, _):
+        if number == signal.SIGINT and number in asked:
+            raise KeyboardInterrupt
         asked.append(number)
-        restore()
 
-    def restore():
-        for number in signals:
-            signal.signal(number, before[number])
-
-    before = {number: signal.signal(number, ask) for number in signals}
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
     finally:
-        restore()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_stage(cfg, stage, most=sys.maxsize, until=float("inf")) -> int:
-    """Train one stage to its end, for `most` updates, or until a time. Returns the number of updates made."""
+    """Train one stage to its end, for `most` updates, or until a time. Returns the number of updates made; `most` if
+    it was asked to stop."""
     steps, weights, states = cfg.steps_of(STAGES[stage].kind), path_of(cfg, stage), states_of(cfg, stage)
     if is_finished(cfg, stage):
         same_settings(cfg, stage, weights, about_of(weights)["config"])
@@ -325,7 +301,8 @@ def run_stage(cfg, stage, most=sys.maxsize, until=float("inf")) -> int:
                              "change --data or --out")
         about = found
     first, last, start, before = about["step"], min(steps, about["step"] + most), time.time(), about["seconds"]
-    fsdp.agree(f"{stage} from step {first} to {last} with {fingerprint(cfg, stage)}")
+    stop = False
+    fsdp.agree(f"{stage} from step {first} to {last}, data {about['data'] or 'of the toy world'}")
     fsdp.on_rank_0(lambda: forget_after(cfg, stage, first))
     fsdp.on_rank_0(lambda: fsdp.write_text(Path(cfg.out) / "config.json", json.dumps(asdict(cfg), indent=1)))
     meter = flops.Meter(cfg)
@@ -342,7 +319,7 @@ def run_stage(cfg, stage, most=sys.maxsize, until=float("inf")) -> int:
                     raise ValueError(f"stage {stage}, step {step}: {e}, with another --out, or leave such updates out "
                                      f"with --skip-nonfinite. What was saved last is kept in {states}") from e
             metrics = readable(metrics) | meter.stop() | {"nonfinite": about["nonfinite"]}
-            stop = fsdp.any_rank(asked_to_stop or time.time() > until)
+            stop = fsdp.any_rank(asked_to_stop or time.time() > until, "whether to stop")
             bar.update()
             if fsdp.rank() == 0:
                 record(cfg, {"stage": stage, "step": step, **metrics})
@@ -360,7 +337,7 @@ def run_stage(cfg, stage, most=sys.maxsize, until=float("inf")) -> int:
         for net, kind in (("net", "_raw"), ("ema", "")):
             whole = fsdp.whole_weights(training.nets[net])
             fsdp.on_rank_0(lambda whole=whole, kind=kind: write_tensors(path_of(cfg, stage, kind), whole, about))
-    return about["step"] - first
+    return most if stop else about["step"] - first
 
 
 def readable(metrics: dict) -> dict:
@@ -373,13 +350,6 @@ def readable(metrics: dict) -> dict:
         squares_and_means = zip(plain.pop("chunk_square"), plain["chunk_mean"])
         plain["chunk_std"] = [max(0.0, square - mean**2) ** 0.5 for square, mean in squares_and_means]
     return plain
-
-
-def fingerprint(cfg, stage) -> str:
-    """Every setting and all data that a stage depends on, in a few letters: they must be the same on all ranks."""
-    shaping = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.metadata["affects"] != "none"}
-    text = json.dumps(shaping | {"stage": stage, "data": data_digest(cfg)}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def data_digest(cfg) -> str:
@@ -403,7 +373,24 @@ def main(cfg: Config) -> list[dict]:
         return []
     with fsdp.setup(cfg.device, cfg.precision, cfg.shard_over, cfg.timeout):
         check(cfg)
-        return run(cfg)
+        same_on_all_ranks(cfg)
+        try:
+            return run(cfg)
+        except OSError as e:
+            if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise OSError(f"got no space in {cfg.out} ({e}), expected some more: free it, or change --out. What "
+                              "was saved before is as it was") from e
+            raise
+
+
+def same_on_all_ranks(cfg):
+    """RankError if a rank was started with another flag."""
+    flags = fsdp.everyone(asdict(cfg), "the flags")
+    for name, here in flags[0].items():
+        if other := [(r, there[name]) for r, there in enumerate(flags) if there[name] != here]:
+            name = name.replace("_", "-")
+            raise fsdp.RankError(f"ranks disagree: got --{name} {here} on rank 0 and --{name} {other[0][1]} on rank "
+                                 f"{other[0][0]}, expected the same on every rank: start all with the same flags")
 
 
 def run(cfg: Config) -> list[dict]:
@@ -465,4 +452,4 @@ if __name__ == "__main__":
     except (ValueError, OSError, fsdp.RankError) as e:
         sys.exit(f"{type(e).__name__}: {e}")
     except KeyboardInterrupt:  # in the middle of measuring; updates are finished and saved first
-        sys.exit("stopped while measuring; the same command measures again")
+        sys.exit("stopped at once; the same command goes on from what was saved last")

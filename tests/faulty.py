@@ -1,0 +1,108 @@
+"""Runs of train.py with a fault in them, for test_faults.py.
+
+    FAULT="kill:at=stages.average:call=4:rank=1" python tests/faulty.py --stage bidirectional ...   # or by torchrun
+    python tests/faulty.py serve     # many runs, each forked from a process that has imported everything: see serve
+
+A fault is a KIND of FAULTS and where it happens: before (when=after: after) the calls number call=3 or call=3,4,5 of
+the function at=MODULE.NAME, on rank=1 (on each, if not given); arg=TEXT counts only calls whose first argument ends
+with the text. It happens in the first attempt of a torchrun job alone. Several are separated by spaces.
+"""
+
+import json
+import os
+import pkgutil
+import resource
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def flip(path):
+    """Change one bit in the middle of a file."""
+    content = bytearray(Path(path).read_bytes())
+    content[len(content) // 2] ^= 4
+    Path(path).write_bytes(content)
+
+
+def nan(result):
+    return (result[0] * float("nan"), *result[1:])
+
+
+def nan_gradient(result):
+    result[0].register_hook(lambda g: g * float("nan"))
+    return result
+
+
+FAULTS = {  # what to do, given the call's arguments; those with when=after return what the function shall return
+    "kill": lambda *_: os.kill(os.getpid(), signal.SIGKILL),
+    "term": lambda *_: os.kill(os.getpid(), signal.SIGTERM),
+    "stall": lambda *_: time.sleep(12),
+    "full": lambda *_: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY)),
+    "flip": lambda folder, *_: flip(Path(folder) / "__0_0.distcp"),
+    "nan": nan, "nan_gradient": nan_gradient,
+    "other_k": lambda drawn: (2, 1) if drawn[0] != 2 else (4, 2),
+}
+
+
+def plant(kind, at, call="1", rank="", arg="", when="before"):
+    """Make a function fail as FAULT says."""
+    if rank not in ("", os.environ.get("RANK", "0")) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        return
+    owner, name = pkgutil.resolve_name(at.rpartition(".")[0]), at.rpartition(".")[2]
+    real, seen = getattr(owner, name), []
+
+    def function(*args, **kwargs):
+        seen.append(str(args[0] if args else "").endswith(arg))
+        now = seen[-1] and str(sum(seen)) in call.split(",")
+        if now and when == "before":
+            FAULTS[kind](*args)
+        result = real(*args, **kwargs)
+        return FAULTS[kind](result) if now and when == "after" else result
+
+    setattr(owner, name, function)
+
+
+def train(flags):
+    """What `python train.py FLAGS` does."""
+    for fault in os.environ.get("FAULT", "").split():
+        kind, *how = fault.split(":")
+        plant(kind, **dict(x.split("=") for x in how))
+    sys.argv = [str(ROOT / "train.py"), *flags]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def serve():
+    """For every line of stdin, a JSON list of ranks ({"flags", "env", "log"}) and a time limit: run them side by side,
+    and print the list of their exit codes; a negative one is a signal, -9 also for what took too long."""
+    import train as _  # all that a run needs  # noqa: F401
+    for line in sys.stdin:
+        ranks, limit = json.loads(line)
+        pids = [fork(**how) for how in ranks]
+        ended, deadline = {}, time.time() + limit
+        while len(ended) < len(pids):
+            for pid in set(pids) - set(ended):
+                if time.time() > deadline:
+                    os.kill(pid, signal.SIGKILL)
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    ended[pid] = os.waitstatus_to_exitcode(status)
+            time.sleep(0.02)
+        print(json.dumps([ended[pid] for pid in pids]), flush=True)
+
+
+def fork(flags, env, log):
+    if pid := os.fork():
+        return pid
+    for handle, name in ((0, "/dev/null"), (1, log + ".out"), (2, log + ".err")):
+        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), handle)
+    os.environ |= env
+    sys.exit(train(flags))
+
+
+if __name__ == "__main__":
+    serve() if sys.argv[1:] == ["serve"] else train(sys.argv[1:])
