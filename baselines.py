@@ -155,7 +155,7 @@ def sc_dmd_gan(cfg, start) -> Training:
     """Salt's 'Ours-alpha': SC-DMD, and a discriminator on the features of the critic's middle block (as in DMD2)."""
     net, ema, teacher, critic = alike(cfg, start, "bidirectional")
     head = dmd.Discriminator(critic.config.dim).init_weights(cfg.seed).to(cfg.device)
-    head = fsdp.shard(head, "fp32", cfg.gather, "the discriminator")
+    head = fsdp.shard(head, "fp32", cfg.gather)
 
     def logits(x0, text, t, eps):
         return head(critic(add_noise(x0, eps, t), t, text, until=len(critic.blocks) // 2))

@@ -19,6 +19,8 @@ import json
 import os
 import shutil
 import sys
+import time
+import uuid
 import warnings
 import zlib
 from collections.abc import Callable, Iterable
@@ -48,6 +50,7 @@ class Control:
     mesh: dist.DeviceMesh
     timeout: float  # seconds
     calls: int = 0  # of agree, so far
+    networks: int = 0  # sharded so far
     last: str = "the start"  # what the last of them was about
 
 
@@ -70,15 +73,21 @@ def setup(device: str, precision: str, shard_over: int, timeout: float):
     if control or not launched and precision == "fp32":
         yield
         return
+    if cuda and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
+        raise ValueError(f"got more ranks than this node's {torch.cuda.device_count()} GPUs, expected one each: change "
+                         "--nproc_per_node, or give --device cpu")
     patience = timedelta(seconds=timeout)
     store, rank, size = dist.HashStore(), 0, 1
     try:
         if launched:
             store, rank, size = next(rendezvous("env://", timeout=patience))
             store.set_timeout(patience)
+            store = roll_call(store, rank, size, timeout)
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=patience)
+        # nccl gets twice the time: its watchdog kills a process without a word, so let gloo, which can tell, be first
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size,
+                                timeout=2 * patience if cuda else patience)
         shard_over = shard_over or min(size, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
         if size % shard_over:
             raise ValueError(f"got {size} ranks and --shard-over {shard_over}, expected a divisor of {size}: change "
@@ -88,13 +97,41 @@ def setup(device: str, precision: str, shard_over: int, timeout: float):
         control = Control(dist.new_group(backend="gloo", timeout=patience), store, mesh, timeout)
         yield
     except RuntimeError as e:
-        if is_lost(e):  # while they meet, or in a backward, where nothing is agreed on first
-            raise in_vain(e, timeout) from e
-        raise
+        lost = isinstance(e, RankError)
+        if not lost and is_lost(e):  # while they meet, or in a backward, where nothing is agreed on first
+            lost, e = True, in_vain(e, timeout)
+        if lost and cuda:  # to leave in order, nccl would wait for the rank that is lost
+            print(f"RankError: {e}", file=sys.stderr, flush=True)
+            os._exit(1)
+        raise e
     finally:
         control = None
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def roll_call(store: dist.Store, rank: int, size: int, timeout: float) -> dist.Store:
+    """A part of the store that only this attempt of a job knows.
+
+    torchrun keeps its store when it restarts the ranks (its TORCHELASTIC_RESTART_COUNT can differ between nodes, so it
+    is no help), and with it the addresses of the dead: who finds one before it is replaced calls in vain (pytorch issue
+    135712). So each rank brings a new name, and rank 0 reads them out until all who are on the roll have answered.
+    """
+    name, end = uuid.uuid4().hex, time.time() + timeout
+    store.set(f"answer {rank}", "")
+    store.set(f"name {rank}", name)
+    while time.time() < end:
+        if rank == 0:
+            store.set("roll", b" ".join(store.multi_get([f"name {r}" for r in range(size)])))
+        roll = store.get("roll").decode()
+        if roll.split()[rank:rank + 1] == [name]:
+            store.set(f"answer {rank}", roll)
+            if rank == 0 and set(store.multi_get([f"answer {r}" for r in range(size)])) == {roll.encode()}:
+                store.set("met", roll)
+            if store.check(["met"]) and store.get("met").decode() == roll:
+                return dist.PrefixStore(hashlib.sha256(roll.encode()).hexdigest(), store)
+        time.sleep(0.02)
+    raise dist.DistStoreError(f"not all of {size} ranks answered")
 
 
 def rank() -> int:
@@ -115,14 +152,16 @@ def my_parts(batch: int, accum: int) -> list[slice]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Networks
 
-def shard(net: nn.Module, precision: str, gather: str, name: str) -> nn.Module:
+def shard(net: nn.Module, precision: str, gather: str) -> nn.Module:
     """Spread a network that may still be on the meta device over the ranks, block by block, then the rest.
 
     precision: bf16 computes in bf16, with fp32 weights and reductions behind it. gather: "forward" drops a block's
-    gathered weights after each forward, "update" keeps them until they change. name: what `agree` calls the network.
+    gathered weights after each forward, "update" keeps them until they change.
     """
     if control is None:
         return net
+    control.networks += 1
+    name = f"{type(net).__name__} number {control.networks}"
     policy = MixedPrecisionPolicy(torch.bfloat16 if precision == "bf16" else None, torch.float32,
                                   cast_forward_inputs=False)  # times stay in float32
     mesh = control.mesh if control.mesh.size(0) > 1 else control.mesh["shards"]
@@ -220,8 +259,8 @@ def late() -> str:
                   for n, what in [seen(r)] if n < control.calls]
     except RuntimeError:
         return "The rank that keeps their addresses is gone, too: see the logs of the other ranks"
-    return "; ".join(behind or ["All had come there"]) + (". It has died or stalled: see its log (--timeout: the "
-                                                          "patience)")
+    return "; ".join(behind or ["all ranks had come there"]) + (". One has died or stalled since: see its log "
+                                                                "(--timeout: the patience)")
 
 
 def gather(x) -> list:
@@ -275,6 +314,30 @@ def mean(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
 # each of them. It is written as 00000100.writing and renamed when all of it is on disk, so a killed save never looks
 # like a whole one.
 
+def state_of(training) -> dict:
+    """Every tensor that a stage changes, by name: networks and optimizers."""
+    tensors = {f"{name}.{k}": v for name, net in training.nets.items() for k, v in net.state_dict().items()}
+    for name, optimizer in training.optimizers.items():
+        if not optimizer.state:
+            start_moments(optimizer)
+        for i, moments in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{name}.{i}.{k}": v for k, v in moments.items()}
+    return tensors
+
+
+@torch.no_grad()
+def start_moments(optimizer):
+    """Make an optimizer's moments, all zero, before its first step, so that a checkpoint can be read into them."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    optimizer.step()  # with learning rate 0 and no gradient: it moves nothing
+    optimizer.zero_grad(set_to_none=True)
+    for moments in optimizer.state.values():
+        for v in moments.values():
+            v.zero_()
+
+
 def save(folder: Path, step: int, tensors: dict[str, Tensor], about: dict, keep: int) -> None:
     """Write a checkpoint; then, once it was read back and found intact, forget all but the newest `keep`.
 
@@ -299,25 +362,38 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], about: dict, keep:
         raise OSError(f"got no space or no right to write the checkpoint {fresh} ({why}); what was saved before is "
                       "as it was: free some space, or change --out") from e
 
-    def finish():
-        parts = {part.relative_path for part in dcp.FileSystemReader(fresh).read_metadata().storage_data.values()}
-        if elsewhere := sorted(part for part in parts if not (fresh / part).exists()):
+    def describe():
+        ends = {}
+        for part in dcp.FileSystemReader(fresh).read_metadata().storage_data.values():
+            ends[part.relative_path] = max(part.offset + part.length, ends.get(part.relative_path, 0))
+        if elsewhere := sorted(part for part in ends if not (fresh / part).exists()):
             raise OSError(f"got no {', '.join(elsewhere)} of other ranks in {fresh}, expected a folder that all ranks "
                           "share: change --out")
+        if short := sorted(part for part, end in ends.items() if (fresh / part).stat().st_size < end):
+            raise OSError(f"got {', '.join(short)} in {fresh} shorter than was written, expected all of it: check the "
+                          "disk, or change --out. Older checkpoints are as they were")
         write_text(fresh / "about.json", json.dumps(about))
-        write_text(fresh / "sha256.json", json.dumps(hashes(fresh)))
+
+    def finish(found):
+        write_text(fresh / "sha256.json", json.dumps(found))
         if final.exists():  # found damaged when this run started; it is kept, for who may want to look
             final.rename(next(p for i in range(10**6) if not (p := folder / f"{step:08d}.damaged{i}").exists()))
         fresh.rename(final)
         sync(folder)
-        if reason := damage(final):
+
+    def prune(reason):
+        if reason:
             raise OSError(f"got {reason} in the checkpoint {final} just written, expected what was written: check the "
                           "disk, or change --out. Older checkpoints are as they were")
         older = [path for path in checkpoints(folder) if int(path.name) <= step]  # any newer one is a damaged one
         for path in older[:-keep]:
             shutil.rmtree(path)
 
-    on_rank_0(finish, f"verifying {final}")
+    on_rank_0(describe, f"describing {final}")
+    found = hashes(fresh)
+    on_rank_0(lambda: finish(found), f"finishing {final}")
+    reason = damage(final)
+    on_rank_0(lambda: prune(reason), f"pruning {folder}")
 
 
 def load(folder: Path, tensors: dict[str, Tensor]) -> dict | None:
@@ -326,7 +402,7 @@ def load(folder: Path, tensors: dict[str, Tensor]) -> dict | None:
     Returns its `about`; None if there is none. A damaged one is named, left where it is, and the one before is taken.
     ValueError if all are damaged, or hold other tensors.
     """
-    path = on_rank_0(lambda: newest_intact(folder), f"verifying what is in {folder}")
+    path = newest_intact(folder)
     if path is None:
         return None
     try:
@@ -343,11 +419,12 @@ def load(folder: Path, tensors: dict[str, Tensor]) -> dict | None:
 
 def newest_intact(folder: Path) -> Path | None:
     damaged = []
-    for path in reversed(checkpoints(folder)):
+    for path in on_rank_0(lambda: checkpoints(folder)[::-1], f"looking into {folder}"):
         reason = damage(path)
         if not reason:
             return path
-        print(f"warning: the checkpoint {path} is damaged ({reason}); trying the one before", file=sys.stderr)
+        if rank() == 0:
+            print(f"warning: the checkpoint {path} is damaged ({reason}); trying the one before", file=sys.stderr)
         damaged.append(f"{path} ({reason})")
     if damaged:
         raise ValueError(f"got only damaged checkpoints, {', '.join(damaged)}, expected an intact one: move {folder} "
@@ -361,21 +438,28 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def hashes(folder: Path) -> dict[str, str]:
+    """The sha256 of every file in a folder, or why it cannot be read; each rank reads its share of them."""
     def sha256(path):
-        with open(path, "rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest()
+        try:
+            with open(path, "rb") as f:
+                return hashlib.file_digest(f, "sha256").hexdigest()
+        except OSError as e:
+            return str(e)
 
-    files = sorted(path for path in folder.iterdir() if path.name != "sha256.json")
+    files = on_rank_0(lambda: sorted(path for path in folder.iterdir() if path.name != "sha256.json"))
+    mine = files[rank() :: world()]
     with ThreadPoolExecutor() as pool:
-        return dict(zip((path.name for path in files), pool.map(sha256, files)))
+        of_mine = dict(zip((path.name for path in mine), pool.map(sha256, mine)))
+    return {name: found for share in everyone(of_mine, f"hashes of {folder}") for name, found in share.items()}
 
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, by its recorded hashes; None if nothing."""
     try:
-        recorded, found = json.loads((folder / "sha256.json").read_text()), hashes(folder)
+        recorded = on_rank_0(lambda: json.loads((folder / "sha256.json").read_text()))
     except (OSError, ValueError) as e:
-        return f"sha256.json or another file cannot be read: {e}"
+        return f"sha256.json cannot be read: {e}"
+    found = hashes(folder)
     wrong = sorted(name for name in recorded.keys() | found.keys() if recorded.get(name) != found.get(name))
     return f"{', '.join(wrong)}: missing, truncated or changed" if wrong else None
 

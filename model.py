@@ -268,6 +268,7 @@ class CausalWan(nn.Module):
 
     def compile_blocks(self):
         """torch.compile for all of a block but its self-attention, whose layout changes from call to call."""
+        torch._dynamo.config.recompile_limit = 64  # with and without gradient, a chunk and the whole clip, ...
         for block in self.blocks:
             block.before, block.after = torch.compile(block.before), torch.compile(block.after)
 
@@ -448,6 +449,9 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
     with open(fresh, "rb+") as f:
         os.fsync(f.fileno())
     os.replace(fresh, path)
+    folder = os.open(fresh.parent, os.O_RDONLY)
+    os.fsync(folder)  # a power cut must not undo the renaming
+    os.close(folder)
 
 
 def read_tensors(path: Path, only_about: bool = False) -> tuple[dict[str, Tensor], dict]:

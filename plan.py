@@ -13,13 +13,15 @@ from dataclasses import dataclass, replace
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import flops
 from baselines import STAGES
+from fsdp import state_of
 from model import SIZES
-from stages import RECIPE, draws, rollout_length, state_of
+from stages import RECIPE, draws, rollout_length
 
 
 class Live(TorchDispatchMode):
@@ -62,8 +64,10 @@ class Live(TorchDispatchMode):
             self.add(kind, storage.nbytes())
 
 
-def fused_attention(q, k, v):
+def fused_attention(q, k, v, unfused=F.scaled_dot_product_attention):
     """Attention as the fused kernels do it, without a matrix of weights; on the meta device torch would make one."""
+    if not torch.backends.cuda.flash_sdp_enabled():  # rCM's JVP has no fused kernel
+        return unfused(q, k, v)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
 
 
@@ -80,7 +84,7 @@ class Needs:
     flops: float
 
     def on(self, ranks: int) -> float:
-        """Bytes of each of so many ranks, of which every one works on one clip at a time."""
+        """Bytes of each of so many ranks that share one copy and work on one clip at a time."""
         return (self.weights + self.moments + self.gradients) / ranks + self.gathered + self.activations
 
 
@@ -98,7 +102,8 @@ def needs(cfg, stage) -> Needs:
     before, of_critic = flops.done, [0.0]
     if "critic" in training.optimizers:
         training.optimizers["critic"].register_step_post_hook(lambda *_: of_critic.append(flops.done - before))
-    with mock.patch("torch.nn.functional.scaled_dot_product_attention", fused_attention), live:
+    with mock.patch("torch.nn.functional.scaled_dot_product_attention", fused_attention), \
+            mock.patch("stages.all_finite", lambda metrics: True), live:
         training.update(late_exit(dry))
 
     low = 2 if cfg.precision == "bf16" else 4  # bytes; the dry run computes, and has its gradients, in this precision
@@ -142,8 +147,8 @@ COLUMNS = "weights moments gathered activations (cache) gradients on-1-GPU".spli
 def table(cfg) -> str:
     """What every stage of --stage needs, one line each."""
     columns = " ".join(f"{name:>11}" for name in COLUMNS)
-    lines = ["GB of one rank that works on one clip at a time (--accum batch / ranks); PFLOP of an update of "
-             f"{cfg.batch} clips, of the largest K",
+    lines = ["GB of one rank that works on one clip at a time (--accum batch / ranks), all ranks sharing one copy "
+             f"(--shard-over); PFLOP of an update of {cfg.batch} clips, of the largest K",
              f"{'stage':<18} {columns} | GPUs of {cfg.gpu_memory:g} GB, each | PFLOP"]
     for stage in RECIPE if cfg.stage == "all" else (cfg.stage,):
         n = needs(cfg, stage)

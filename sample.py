@@ -28,7 +28,7 @@ from rollout import grids, stream
 def newest_student() -> Path:
     """The autoregressive student last trained, of any run."""
     found = {path: about_of(path) for path in Path("runs").glob("*/*.safetensors")
-             if not path.stem.endswith(("_raw", ".state"))}
+             if not path.stem.endswith("_raw")}
     found = {path: about for path, about in found.items() if about.get("causal") and about.get("few_step")}
     if not found:
         raise ValueError("got no student in runs/, expected runs/*/salt.safetensors or runs/*/causal_cd.safetensors: "
@@ -57,6 +57,9 @@ def parse(argv=None):
 
 def with_defaults(args, about: dict):
     """Fill what was not given from the checkpoint's record; warn where what was given departs from it."""
+    if not about.get("size", "toy").startswith("toy"):
+        raise ValueError(f"got a checkpoint of size {about['size']}, expected a toy one: only its latents can be drawn "
+                         "yet: change --checkpoint")
     if "causal" not in about:
         raise ValueError("got no finished stage's checkpoint, expected a file STAGE.safetensors that train.py left: "
                          "change --checkpoint")

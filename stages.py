@@ -167,7 +167,7 @@ def build(cfg, weights: dict | None = None, seed=0, windowed=False, size="", dty
         net.compile_blocks()
     if dry_run(cfg):
         return net
-    net = fsdp.shard(net, cfg.precision, cfg.gather, "a network").to_empty(device=cfg.device)
+    net = fsdp.shard(net, cfg.precision, cfg.gather).to_empty(device=cfg.device)
     fsdp.fill(net, weights.items() if weights else net.random_weights(seed))
     return net
 
@@ -212,31 +212,8 @@ def null_text(cfg):
 # Updates
 
 def adamw(net, betas=(0.9, 0.95)):
-    return torch.optim.AdamW(net.parameters(), lr=0, betas=betas, weight_decay=0.01)
-
-
-def state_of(training) -> dict:
-    """Every tensor that a stage changes, by name: networks and optimizers."""
-    tensors = {f"{name}.{k}": v for name, net in training.nets.items() for k, v in net.state_dict().items()}
-    for name, optimizer in training.optimizers.items():
-        if not optimizer.state:
-            start_moments(optimizer)
-        for i, moments in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{name}.{i}.{k}": v for k, v in moments.items()}
-    return tensors
-
-
-@torch.no_grad()
-def start_moments(optimizer):
-    """Make an optimizer's moments, all zero, before its first step, so that a checkpoint can be read into them."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            p.grad = torch.zeros_like(p)
-    optimizer.step()  # with learning rate 0 and no gradient: it moves nothing
-    optimizer.zero_grad(set_to_none=True)
-    for moments in optimizer.state.values():
-        for v in moments.values():
-            v.zero_()
+    on_gpu = next(net.parameters()).is_cuda  # where one fused kernel needs no copies of the moments
+    return torch.optim.AdamW(net.parameters(), lr=0, betas=betas, weight_decay=0.01, fused=on_gpu or None)
 
 
 def descend(cfg, net, optimizer, loss_of: Callable, lr, flag) -> dict:
@@ -253,7 +230,7 @@ def descend(cfg, net, optimizer, loss_of: Callable, lr, flag) -> dict:
     metrics = {k: torch.stack([m[k].float() for m in seen]).mean(0) for k in seen[0]}
     metrics["grad_norm"] = fsdp.whole(torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip_norm))
     here, metrics = metrics, fsdp.mean(metrics)
-    if not dry_run(cfg) and not all(v.isfinite().all() for v in metrics.values()):
+    if not all_finite(metrics):
         bad = fsdp.everyone(next((k for k, v in here.items() if not v.isfinite().all()), ""), "what is not finite")
         where = ", ".join(f"{name} on rank {rank}" for rank, name in enumerate(bad) if name not in ("", "grad_norm"))
         where = where or "grad_norm, which is over all ranks"
@@ -263,6 +240,10 @@ def descend(cfg, net, optimizer, loss_of: Callable, lr, flag) -> dict:
     optimizer.step()
     fsdp.forget_gathered(net)
     return metrics
+
+
+def all_finite(metrics) -> bool:
+    return all(v.isfinite().all() for v in metrics.values())
 
 
 @torch.no_grad()
@@ -407,7 +388,7 @@ def distribution_matching(cfg, net, ema, teacher, critic, make, more_terms=no_te
         average(ema, net, cfg.dmd_ema, step)
         metrics |= {k: int(v) for k, v in metrics.items() if k in ("K", "exit_step")}
         metrics |= {k if k.startswith("critic") else f"critic_{k}": v for k, v in critic_metrics.items()}
-        return metrics | {"generator_updates": step + 1, "critic_updates": (step + 1) * cfg.critic_steps}
+        return metrics
 
     nets = {"net": net, "ema": ema, "critic": critic} | ({} if head is None else {"head": head})
     return Training(nets, {"net": optimizer, "critic": critic_optimizer}, update, pictures=pictures)
@@ -445,7 +426,7 @@ def rollout_length(lengths, probabilities, g) -> tuple[int, int]:
 
 
 def rollouts(cfg, net, lengths, probabilities, with_sc: bool) -> Callable:
-    """make(step, which, g) of methods that learn on their own rollouts (Self Forcing), of K = one of `lengths`.
+    """make(step, part, which, g) of methods that learn on their own rollouts (Self Forcing), of K = one of `lengths`.
 
     with_sc adds L_SC at the largest K (Salt Eq. 13), where the exit step leaves room for a triple of Eq. 9: T_train is
     the grid of the largest K, all of it supervised by DMD, T^(K) that of half as many steps.

@@ -10,7 +10,7 @@
     torchrun --nproc_per_node 2 train.py                  # the same on 2 ranks: gloo on CPUs, nccl on GPUs
     torchrun --nproc_per_node 8 train.py --size wan1.3b --stage teacher_forcing --data latents --out runs/wan
     torchrun --nnodes 4 --nproc_per_node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --max-restarts 3 train.py ...
-    python train.py --size wan1.3b --stage salt --plan    # what it would need; nothing is allocated
+    python train.py --size wan1.3b --data random --plan   # what it would need; nothing is allocated
 
 The four stages of the recipe are in stages.py, every other method in baselines.py, all that knows of ranks in fsdp.py,
 the measuring in evaluate.py; this file is the config and the loop.
@@ -43,7 +43,7 @@ import plan
 from baselines import STAGES
 from flowmap import schedule
 from model import SIZES, about_of, write_tensors
-from stages import KINDS, RECIPE, folder, is_finished, path_of, state_of
+from stages import KINDS, RECIPE, folder, is_finished, path_of
 
 
 def flag(default, help, affects="bidirectional"):
@@ -81,7 +81,7 @@ class Config:
     precision: str = flag("fp32", "fp32, or bf16: compute in bf16, with fp32 weights, reductions and losses")
     checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time", "none")
     compile: bool = flag(False, "torch.compile the blocks", "none")
-    gather: str = flag("forward", "ranks gather weights for every forward, or keep them until an update", "none")
+    gather: str = flag("forward", "gather weights for every forward, or (update) keep them until a backward", "none")
     shard_over: int = flag(0, "ranks that share one copy of the weights; 0: those of a node", "none")
     timeout: float = flag(600.0, "seconds to wait for another rank before stopping", "none")
     plan: bool = flag(False, "print what --stage needs, memory, FLOPs and GPUs, and stop", "none")
@@ -147,8 +147,10 @@ class Config:
         return max(1, round(getattr(self, f"{kind}_steps") * self.longer))
 
 
+# The papers' settings (CF++ Sec. 4, Salt Sec. B) and those that users of the public code confirmed; ours: the learning
+# rates of both teachers and of the trajectories, save_every.
 WAN = dict(frames=21, height=60, width=104, chunk=3, batch=64, precision="bf16", checkpointing=True, clip_norm=10.0,
-           train_shift=5.0, teacher_forcing_steps=20_000, teacher_forcing_lr=1e-5, guidance=3.0,
+           train_shift=5.0, bidirectional_lr=1e-5, teacher_forcing_steps=20_000, teacher_forcing_lr=1e-5, guidance=3.0,
            trajectory_steps=5000, trajectory_lr=2e-6, trajectory_ema=0.99, dmd_steps=200, dmd_lr=2e-6, critic_lr=4e-7,
            critic_steps=5, dmd_ema=0.99, score_shift=5.0, score_guidance=4.0, save_every=20)
 PRESETS = {"toy": {}, "toy_large": {}, "wan1.3b": WAN, "wan14b": WAN}  # what --size changes of the defaults above
@@ -173,6 +175,8 @@ def check(cfg: Config):
          f"multiples of the patch, {patch[1]} x {patch[2]}")
     need(cfg.data or channels == 3 and cfg.height == cfg.width == data.SIZE, "data size height width",
          f"a folder of latents: only clips of 3 x {data.SIZE} x {data.SIZE} can be drawn from the toy world")
+    need(not cfg.plan or cfg.stage == "all" or cfg.stage in STAGES and not cfg.stage.endswith("_ode"), "plan stage",
+         "the recipe or a stage that makes no trajectories first")
     need(cfg.bad_data in ("stop", "skip"), "bad_data", "stop or skip")
     need(cfg.precision in ("fp32", "bf16"), "precision", "fp32 or bf16")
     need(cfg.gather in ("forward", "update"), "gather", "forward or update")
@@ -183,7 +187,7 @@ def check(cfg: Config):
     need(cfg.init == "" or cfg.init in STAGES, "init", f"one of {', '.join(STAGES)}")
     need(cfg.init == "" or cfg.stage in STAGES and STAGES[cfg.stage].kind == "dmd", "init stage",
          "a DMD stage, which starts from it")
-    need(cfg.device == "cpu" or cfg.device.startswith("cuda") and torch.cuda.is_available(), "device",
+    need(cfg.device == "cpu" or cfg.device == "cuda" and torch.cuda.is_available(), "device",
          "cpu, or cuda where there is a GPU")
     need(not Path(cfg.out).is_file(), "out", "a folder, not a file")
     for name in ("skip_nonfinite", "shard_over"):
@@ -286,12 +290,12 @@ def run_stage(cfg, stage, most=sys.maxsize, until=float("inf")) -> int:
     """Train one stage to its end, for `most` updates, or until a time. Returns the number of updates made; `most` if
     it was asked to stop."""
     steps, weights, states = cfg.steps_of(STAGES[stage].kind), path_of(cfg, stage), states_of(cfg, stage)
-    if is_finished(cfg, stage):
+    if fsdp.on_rank_0(lambda: is_finished(cfg, stage)):
         same_settings(cfg, stage, weights, about_of(weights)["config"])
         say(f"{stage}: already trained, in {weights}")
         return 0
     training = STAGES[stage].begin(cfg, start_of(cfg, stage))
-    tensors = state_of(training)
+    tensors = fsdp.state_of(training)
     about = {"stage": stage, "size": cfg.size, "step": 0, "seconds": 0.0, "nonfinite": 0, "config": asdict(cfg),
              "data": data_digest(cfg)}
     if found := fsdp.load(states, tensors):
@@ -318,26 +322,43 @@ def run_stage(cfg, stage, most=sys.maxsize, until=float("inf")) -> int:
                 if about["nonfinite"] > cfg.skip_nonfinite:
                     raise ValueError(f"stage {stage}, step {step}: {e}, with another --out, or leave such updates out "
                                      f"with --skip-nonfinite. What was saved last is kept in {states}") from e
-            metrics = readable(metrics) | meter.stop() | {"nonfinite": about["nonfinite"]}
+            metrics = readable(metrics) | meter.stop() | counters(cfg, stage, step, about["nonfinite"])
             stop = fsdp.any_rank(asked_to_stop or time.time() > until, "whether to stop")
             bar.update()
             if fsdp.rank() == 0:
                 record(cfg, {"stage": stage, "step": step, **metrics})
                 if training.pictures and (step + 1) % cfg.sheet_every == 0:
-                    data.sheet(training.pictures, Path(cfg.out) / f"{stage}_sheets" / f"{step + 1:06d}")
+                    data.sheet({k: x[:4] for k, x in training.pictures.items()},
+                               Path(cfg.out) / f"{stage}_sheets" / f"{step + 1:06d}")
             if (step + 1) % cfg.save_every == 0 or step + 1 == last or stop:
                 about |= {"step": step + 1, "seconds": before + time.time() - start}
+                about |= {k: v for k, v in metrics.items() if k.endswith("_updates")}
                 fsdp.save(states, step + 1, tensors, about, cfg.keep)
                 bar.set_postfix({k: f"{v:.3g}" for k, v in list(metrics.items())[:3] if isinstance(v, float)})
             if stop:
                 break
     if about["step"] == steps:
-        about |= {k: getattr(STAGES[stage], k) for k in ("causal", "few_step", "solver")}
-        about |= {"saved": time.time(), **training.cost}
-        for net, kind in (("net", "_raw"), ("ema", "")):
-            whole = fsdp.whole_weights(training.nets[net])
-            fsdp.on_rank_0(lambda whole=whole, kind=kind: write_tensors(path_of(cfg, stage, kind), whole, about))
+        export(cfg, stage, training, about)
     return most if stop else about["step"] - first
+
+
+def export(cfg, stage, training, about: dict):
+    """Write what a finished stage is for: single files with official names, the raw weights first, then the EMA's."""
+    about |= {k: getattr(STAGES[stage], k) for k in ("causal", "few_step", "solver")}
+    about |= {"saved": time.time(), **training.cost}
+    for net, kind in (("net", "_raw"), ("ema", "")):
+        whole = fsdp.whole_weights(training.nets[net])
+        fsdp.on_rank_0(lambda whole=whole, kind=kind: write_tensors(path_of(cfg, stage, kind), whole, about))
+
+
+def counters(cfg, stage, step, nonfinite) -> dict:
+    """How much was done and left out, by name."""
+    done, counted = step + 1 - nonfinite, {"nonfinite": nonfinite}
+    if STAGES[stage].kind == "dmd":
+        counted |= {"generator_updates": done, "critic_updates": done * cfg.critic_steps}
+    if cfg.bad_data == "skip" and cfg.data not in ("", "random"):
+        counted["bad_samples"] = sum(fsdp.everyone(folder(cfg).skipped, "how many samples were bad"))
+    return counted
 
 
 def readable(metrics: dict) -> dict:
@@ -413,7 +434,7 @@ def run(cfg: Config) -> list[dict]:
     for stage in stages:
         if cfg.stage != "evaluate":
             most -= run_stage(cfg, stage, most, until)
-            if most == 0 or not is_finished(cfg, stage):
+            if most == 0 or not fsdp.on_rank_0(lambda stage=stage: is_finished(cfg, stage)):
                 say(f"stopped; the same command goes on from {states_of(cfg, stage)}")
                 return []
         if not cfg.data:

@@ -3,9 +3,9 @@
     FAULT="kill:at=stages.average:call=4:rank=1" python tests/faulty.py --stage bidirectional ...   # or by torchrun
     python tests/faulty.py serve     # many runs, each forked from a process that has imported everything: see serve
 
-A fault is a KIND of FAULTS and where it happens: before (when=after: after) the calls number call=3 or call=3,4,5 of
-the function at=MODULE.NAME, on rank=1 (on each, if not given); arg=TEXT counts only calls whose first argument ends
-with the text. It happens in the first attempt of a torchrun job alone. Several are separated by spaces.
+A fault is a KIND of FAULTS and where it happens: before (when=after: after) the calls number call=3, or call=3,4,5, of
+the function at=MODULE.NAME, on rank=1 (on each, if not given); arg=TEXT counts only the calls whose first argument ends
+so. It happens in the first attempt of a torchrun job alone. Several faults are separated by spaces.
 """
 
 import json
@@ -29,22 +29,27 @@ def flip(path):
     Path(path).write_bytes(content)
 
 
-def nan(result):
-    return (result[0] * float("nan"), *result[1:])
+def elsewhere(*_):
+    """Go to another folder, as if --out were on a disk of this rank's own."""
+    Path("elsewhere").mkdir(exist_ok=True)
+    os.chdir("elsewhere")
 
 
-def nan_gradient(result):
-    result[0].register_hook(lambda g: g * float("nan"))
-    return result
+def in_backward(work):
+    """work(gradient) in the backward pass of a loss."""
+    return lambda result: (result[0].register_hook(work), result)[1]
 
 
-FAULTS = {  # what to do, given the call's arguments; those with when=after return what the function shall return
+FAULTS = {  # called with the function's arguments; with when=after, with its result, for which it returns another
     "kill": lambda *_: os.kill(os.getpid(), signal.SIGKILL),
     "term": lambda *_: os.kill(os.getpid(), signal.SIGTERM),
-    "stall": lambda *_: time.sleep(12),
+    "stall": lambda *_: time.sleep(6),
+    "stall_backward": in_backward(lambda _: time.sleep(6)),
     "full": lambda *_: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY)),
-    "flip": lambda folder, *_: flip(Path(folder) / "__0_0.distcp"),
-    "nan": nan, "nan_gradient": nan_gradient,
+    "flip": lambda folder: flip(folder / "__0_0.distcp"),
+    "elsewhere": elsewhere,
+    "nan": lambda result: (result[0] * float("nan"), *result[1:]),
+    "nan_backward": in_backward(lambda gradient: gradient * float("nan")),
     "other_k": lambda drawn: (2, 1) if drawn[0] != 2 else (4, 2),
 }
 
@@ -54,11 +59,12 @@ def plant(kind, at, call="1", rank="", arg="", when="before"):
     if rank not in ("", os.environ.get("RANK", "0")) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         return
     owner, name = pkgutil.resolve_name(at.rpartition(".")[0]), at.rpartition(".")[2]
-    real, seen = getattr(owner, name), []
+    real, counted = getattr(owner, name), []
 
     def function(*args, **kwargs):
-        seen.append(str(args[0] if args else "").endswith(arg))
-        now = seen[-1] and str(sum(seen)) in call.split(",")
+        meant = str(args[0] if args else "").endswith(arg)
+        counted.extend([1] * meant)
+        now = meant and str(len(counted)) in call.split(",")
         if now and when == "before":
             FAULTS[kind](*args)
         result = real(*args, **kwargs)
@@ -78,8 +84,10 @@ def train(flags):
 
 def serve():
     """For every line of stdin, a JSON list of ranks ({"flags", "env", "log"}) and a time limit: run them side by side,
-    and print the list of their exit codes; a negative one is a signal, -9 also for what took too long."""
-    import train as _  # all that a run needs  # noqa: F401
+    and print a JSON list of their exit codes; a negative one is a signal, -9 also for what took too long."""
+    import torch._dynamo  # noqa: F401  # which making an optimizer imports
+
+    import train  # noqa: F401
     for line in sys.stdin:
         ranks, limit = json.loads(line)
         pids = [fork(**how) for how in ranks]
@@ -91,7 +99,7 @@ def serve():
                 done, status = os.waitpid(pid, os.WNOHANG)
                 if done:
                     ended[pid] = os.waitstatus_to_exitcode(status)
-            time.sleep(0.02)
+            time.sleep(0.01)
         print(json.dumps([ended[pid] for pid in pids]), flush=True)
 
 

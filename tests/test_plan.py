@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import flops
+import fsdp
 import plan
 import train
 
@@ -81,7 +82,7 @@ def test_plan_is_what_a_real_update_takes(start, stage, checkpointing):  # noqa:
                 checkpointing=checkpointing)
     n = plan.needs(cfg, stage)
     training = train.STAGES[stage].begin(cfg, train.start_of(cfg, stage))
-    state = train.state_of(training)
+    state = fsdp.state_of(training)
     teachers = [net for net in flops.watched if not any(net is x for x in training.nets.values())]
     held = [v for k, v in state.items() if not k.startswith("optimizer")]
     held += [p for teacher in teachers for p in teacher.parameters()]

@@ -152,7 +152,7 @@ def test_bf16_keeps_fp32_weights_behind_it(start, alone):
             training = train.STAGES["salt"].begin(cfg, "causal_cd")
             metrics = [train.readable(training.update(step)) for step in range(UPDATES)]
         assert forwards == {(torch.bfloat16, torch.float32, torch.float32)}
-        assert {v.dtype for v in train.state_of(training).values()} == {torch.float32}
+        assert {v.dtype for v in fsdp.state_of(training).values()} == {torch.float32}
         moved = {k: fsdp.whole(v) for k, v in training.nets["net"].state_dict().items()}
     for a, b in zip(metrics, alone["salt"][0]):
         assert abs(a["critic_loss"] / b["critic_loss"] - 1) < 0.01 and abs(a["grad_norm"] / b["grad_norm"] - 1) < 0.1

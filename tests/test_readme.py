@@ -10,6 +10,7 @@ import sample
 import train
 
 README = (ROOT / "README.md").read_text()
+TORCHRUN = {"--nproc_per_node", "--nnodes", "--max-restarts", "--rdzv-backend", "--rdzv-endpoint"}
 TESTS = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
 
 
@@ -67,9 +68,11 @@ def test_every_flag_exists():
     """Bug: a command of the README that the command line refuses."""
     help_of = {f"--{f.replace('_', '-')}" for f in train.Config.__dataclass_fields__}
     for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README)):
-        assert flag in help_of or f'"{flag}"' in (ROOT / "sample.py").read_text() or flag == "--help", flag
-    for command in re.findall(r"^python train\.py *(.*?) *(?:#.*)?$", README, re.M):
-        train.check(train.parse(command.replace("CPU", "").split()))
+        assert flag in help_of | TORCHRUN or f'"{flag}"' in (ROOT / "sample.py").read_text() or flag == "--help", flag
+    commands = re.findall(r"^(?:python|torchrun .*?) train\.py *(.*?) *(?:#.*)?$", README, re.M)
+    assert any("--plan" in command for command in commands)
+    for command in commands:
+        train.check(train.parse(command.split()))
     assert sample.parse(["--steps", "2"]).steps == 2
 
 

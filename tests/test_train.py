@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+import data
 import evaluate
 import fsdp
 import sample
@@ -22,7 +23,7 @@ from model import read_tensors
 TINY = dict(bidirectional_steps=3, teacher_forcing_steps=3, trajectory_steps=3, dmd_steps=5, batch=4, critic_steps=2,
             frames=4, eval_clips=6, teacher_eval_steps=3, align_warmup=0.0, align_prob=1.0, save_every=2, sheet_every=4,
             device="cpu")
-SPEED = ("seconds", "tokens_per_second", "tflops", "mfu", "memory_gb")
+SPEED = ("seconds", "tokens_per_second", "tflops", "mfu", "memory_gb", "bad_samples")
 
 
 def config(out, **changes):
@@ -31,7 +32,7 @@ def config(out, **changes):
 
 def state(cfg, stage):
     """The tensors of a stage's newest checkpoint, and its about."""
-    tensors = train.state_of(train.STAGES[stage].begin(cfg, train.start_of(cfg, stage)))
+    tensors = fsdp.state_of(train.STAGES[stage].begin(cfg, train.start_of(cfg, stage)))
     return tensors, fsdp.load(train.states_of(cfg, stage), tensors)
 
 
@@ -99,6 +100,70 @@ def test_stopped_and_resumed_equals_straight(run, tmp_path):
             assert equal(a, b), (stage, kind)
         assert equal(*(state(config(folder), stage)[0] for folder in (out, tmp_path)))
     assert logged(out) == logged(tmp_path)
+
+
+def test_stop_after_a_time(tmp_path):
+    """Bug: a budget of 90 minutes taken for 90 updates, or a run that overstays it, or that cannot go on from there."""
+    assert [train.budget(x)[0] for x in ("", "200")] == [sys.maxsize, 200]
+    for x, seconds in (("90s", 90), ("30m", 1800), ("8h", 28800)):
+        assert abs(train.budget(x)[1] - time.time() - seconds) < 5 and train.budget(x)[0] == sys.maxsize
+    assert train.main(config(tmp_path, stage="bidirectional", bidirectional_steps=10**6, stop_after="1s")) == []
+    steps = [line["step"] for line in logged(tmp_path)]
+    saved = fsdp.checkpoints(tmp_path / "bidirectional.state")[-1]
+    assert steps == list(range(int(saved.name)))
+    with pytest.raises(ValueError, match="--stop-after"):
+        train.check(config(tmp_path, stop_after="soon"))
+
+
+def test_log_has_what_a_run_is_read_by(run):
+    """Bug: a DMD run whose health cannot be seen, or metrics that mean another thing than their names say."""
+    out, _ = run
+    line = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][-1]
+    assert line["generator_updates"] == 5 and line["critic_updates"] == 10 and line["nonfinite"] == 0
+    for k in ("grad_norm", "critic_grad_norm", "dmd_grad", "fake_minus_real", "critic_loss", *SPEED):
+        assert k in ("mfu", "bad_samples") or line[k] > 0
+    assert len(line["critic_by_t"]) == 4 and len(line["chunk_std"]) == len(line["chunk_mean"]) == 4
+    heard = [(loss, n) for loss, n in zip(line["critic_by_t"], (1, 1, 1, 1)) if loss is not None]
+    assert min(heard)[0] <= line["critic_loss"] <= max(heard)[0]
+    assert line["tokens_per_second"] == pytest.approx(4 * 4 * 4 / line["seconds"])  # clips, frames, tokens of a frame
+    assert Image.open(out / "salt_sheets" / "000004.png").size[1] == 3 * (10 * 5 + 2 + 4)  # generator, teacher, critic
+
+
+def test_clip_statistics():
+    """Bug: chunks mixed up with clips, or a deviation that depends on how a batch is divided."""
+    x = torch.randn(6, 4, 3, 5, 5) * torch.tensor([1.0, 1.0, 3.0, 3.0])[:, None, None, None] + 2
+    got = train.readable(stages.clip_statistics(x, 2) | {"critic_t_sum": torch.tensor([4.0, 0, 1, 9]),
+                                                        "critic_t_count": torch.tensor([2.0, 0, 1, 3])})
+    assert got["critic_by_t"] == [2, None, 1, 3] and len(got["frame_difference"]) == 3
+    for i in range(2):
+        part = x[:, 2 * i : 2 * i + 2]
+        assert got["chunk_mean"][i] == pytest.approx(part.mean().item(), abs=1e-5)
+        assert got["chunk_std"][i] == pytest.approx(part.std().item(), rel=1e-2)
+    assert got["frame_difference"][1] == pytest.approx((x[:, 2] - x[:, 1]).abs().mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["teacher_forcing", "salt"])
+def test_training_from_a_folder(run, tmp_path, stage):
+    """Bug: --data that is not read, prompts-only folders refused where no video is needed, or accepted where it is."""
+    rows = [{"text": torch.randn(2, 16).mul(8), "caption": "", "latents": torch.randn(4, 3, 10, 10)} for _ in range(6)]
+    (tmp_path / "run").mkdir()
+    for name in ("bidirectional", "causal_cd"):
+        for kind in ("", "_raw"):
+            (tmp_path / "run" / f"{name}{kind}.safetensors").symlink_to(run[0] / f"{name}{kind}.safetensors")
+    for name in ("video", "prompts"):
+        samples = [{k: v for k, v in row.items() if k != "latents" or name == "video"} for row in rows]
+        data.write_shard(tmp_path / name / "0.safetensors", samples)
+        data.write_null(tmp_path / name / "null.safetensors", torch.zeros(1, 16))
+    if stage == "teacher_forcing":
+        with pytest.raises(ValueError, match="video.*--data"):
+            train.main(config(tmp_path / "run", stage=stage, data=str(tmp_path / "prompts")))
+    folder = tmp_path / ("prompts" if stage == "salt" else "video")
+    assert train.main(config(tmp_path / "run", stage=stage, data=str(folder), stop_after="2")) == []
+    other = tmp_path / "video" if stage == "salt" else tmp_path / "prompts"
+    with pytest.raises(ValueError, match="--data"):
+        train.main(config(tmp_path / "run", stage=stage, data=str(other)))
+    train.main(config(tmp_path / "run", stage=stage, data=str(folder)))
+    assert (tmp_path / "run" / f"{stage}.safetensors").exists() and not list((tmp_path / "run").glob("table*"))
 
 
 def test_evaluate_measures_a_run_with_its_own_settings(run):
