@@ -316,6 +316,8 @@ def run_stage(cfg, stage, most=sys.maxsize, until=float("inf")) -> int:
             meter.start()
             try:
                 metrics = training.update(step)
+            except ValueError as e:  # damaged data
+                raise ValueError(f"stage {stage}, step {step}, rank {fsdp.rank()}: {e}") from e
             except FloatingPointError as e:
                 about["nonfinite"] += 1
                 metrics = {"left_out": str(e)}

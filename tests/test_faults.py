@@ -342,7 +342,8 @@ def test_damaged_sample(run, clips, tmp_path):
     told = [r for r in range(2) if "sample 3 of" in ran.err[r]]
     assert len(told) == 1 and ran.codes == [1, 1]
     what = f"the damaged sample 3 of {bad / 'b.safetensors'}"
-    assert "--bad-data skip" in ran.said(f"ValueError: got {what}", rank=told[0])
+    assert "--bad-data skip" in ran.said("ValueError: stage bidirectional, step", f"rank {told[0]}: got {what}",
+                                         rank=told[0])
     ran.said("RankError", "see its log", rank=1 - told[0])
     ran = run(out, "--data", bad, "--bad-data", "skip", "--stop-after", 5).fine()
     assert ran.err[0].count(f"warning: left out {what}") == 1
