@@ -2,9 +2,11 @@ import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-from safetensors.torch import load_file
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors gain nothing by threads, which wait for each other
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

@@ -280,7 +280,7 @@ def test_resumed_on_another_number_of_ranks(run, straight, tmp_path, before, aft
     run(out, "--bidirectional-steps", 6, ranks=after).fine()
     for kind in ("", "_raw"):
         for k, w in weights(straight[1], kind).items():
-            assert (weights(out, kind)[k] - w).norm() <= 1e-5 * (1 + w.norm()), k
+            assert (weights(out, kind)[k] - w).norm() <= 3e-6 * (1 + w.norm()), k  # rounding makes it 3e-7
     for a, b in zip(logged(out), logged(straight[1]), strict=True):
         assert abs(a["loss"] - b["loss"]) < 1e-5 and a["step"] == b["step"]
 
