@@ -80,7 +80,7 @@ class Needs:
     gathered: int  # weights in the precision of the forward, as many as are gathered at a time
     activations: int  # the most that an update holds besides, the cache included
     gradients: int  # how much more that is with gradients of weights: they come as activations go
-    cache: int
+    cache: int  # keys and values of a whole rollout, of stages that roll out
     flops: float
 
     def on(self, ranks: int) -> float:
@@ -114,7 +114,8 @@ def needs(cfg, stage) -> Needs:
         gathered=low * (sum(map(size, nets)) if cfg.gather == "update" else max(map(at_a_time, nets))),
         activations=live.most,
         gradients=(live.most_with - live.most) * 4 // low,
-        cache=2 * low * SIZES[cfg.size].num_layers * SIZES[cfg.size].dim * flops.tokens_of_clip(cfg),
+        cache=STAGES[stage].windowed * 2 * low * SIZES[cfg.size].num_layers * SIZES[cfg.size].dim
+        * flops.tokens_of_clip(cfg),
         flops=cfg.batch * (flops.done - before + (cfg.critic_steps - 1) * of_critic[-1]),
     )
 
