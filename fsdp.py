@@ -77,16 +77,16 @@ def setup(device: str, precision: str, shard_over: int, timeout: float):
         raise ValueError(f"got more ranks than this node's {torch.cuda.device_count()} GPUs, expected one each: change "
                          "--nproc_per_node, or give --device cpu")
     patience = timedelta(seconds=timeout)
-    store, rank, size = dist.HashStore(), 0, 1
+    store, me, size = dist.HashStore(), 0, 1
     try:
         if launched:
-            store, rank, size = next(rendezvous("env://", timeout=patience))
+            store, me, size = next(rendezvous("env://", timeout=patience))
             store.set_timeout(patience)
-            store = roll_call(store, rank, size, timeout)
+            store = roll_call(store, me, size, timeout)
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         # nccl gets twice the time: its watchdog kills a process without a word, so let gloo, which can tell, be first
-        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size,
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=me, world_size=size,
                                 timeout=2 * patience if cuda else patience)
         shard_over = shard_over or min(size, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
         if size % shard_over:
@@ -110,7 +110,7 @@ def setup(device: str, precision: str, shard_over: int, timeout: float):
             dist.destroy_process_group()
 
 
-def roll_call(store: dist.Store, rank: int, size: int, timeout: float) -> dist.Store:
+def roll_call(store: dist.Store, me: int, size: int, timeout: float) -> dist.Store:
     """A part of the store that only this attempt of a job knows.
 
     torchrun keeps its store when it restarts the ranks (its TORCHELASTIC_RESTART_COUNT can differ between nodes, so it
@@ -118,15 +118,15 @@ def roll_call(store: dist.Store, rank: int, size: int, timeout: float) -> dist.S
     135712). So each rank brings a new name, and rank 0 reads them out until all who are on the roll have answered.
     """
     name, end = uuid.uuid4().hex, time.time() + timeout
-    store.set(f"answer {rank}", "")
-    store.set(f"name {rank}", name)
+    store.set(f"answer {me}", "")
+    store.set(f"name {me}", name)
     while time.time() < end:
-        if rank == 0:
+        if me == 0:
             store.set("roll", b" ".join(store.multi_get([f"name {r}" for r in range(size)])))
         roll = store.get("roll").decode()
-        if roll.split()[rank:rank + 1] == [name]:
-            store.set(f"answer {rank}", roll)
-            if rank == 0 and set(store.multi_get([f"answer {r}" for r in range(size)])) == {roll.encode()}:
+        if roll.split()[me : me + 1] == [name]:
+            store.set(f"answer {me}", roll)
+            if me == 0 and set(store.multi_get([f"answer {r}" for r in range(size)])) == {roll.encode()}:
                 store.set("met", roll)
             if store.check(["met"]) and store.get("met").decode() == roll:
                 return dist.PrefixStore(hashlib.sha256(roll.encode()).hexdigest(), store)
@@ -228,7 +228,7 @@ def agree(what: str) -> None:
     except RuntimeError as e:
         raise in_vain(e, control.timeout) from e
     if len({h.item() for h in heard}) > 1:
-        lines = "".join(f"\n  rank {r}: {said}" for r, said in enumerate(gather(what)))
+        lines = "".join(f"\n  rank {r}: {said}" for r, said in enumerate(heard_from_all(what)))
         raise RankError(f"ranks disagree on what comes next:{lines}\nexpected the same on every rank: start all of "
                         "them with the same code, flags, --data and --out")
 
@@ -263,7 +263,7 @@ def late() -> str:
                                                                 "(--timeout: the patience)")
 
 
-def gather(x) -> list:
+def heard_from_all(x) -> list:
     """x of every rank, in their order."""
     gathered = [None] * world()
     dist.all_gather_object(gathered, x, group=control.group)
@@ -273,7 +273,7 @@ def gather(x) -> list:
 def everyone(x, what: str) -> list:
     """x of every rank, in their order. what: what x is."""
     agree(what)
-    return gather(x) if world() > 1 else [x]
+    return heard_from_all(x) if world() > 1 else [x]
 
 
 def any_rank(x: bool, what: str) -> bool:
