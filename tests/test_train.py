@@ -18,7 +18,7 @@ import fsdp
 import sample
 import stages
 import train
-from model import read_tensors
+from model import SIZES, read_tensors
 
 TINY = dict(bidirectional_steps=3, teacher_forcing_steps=3, trajectory_steps=3, dmd_steps=5, batch=4, critic_steps=2,
             frames=4, eval_clips=6, teacher_eval_steps=3, align_warmup=0.0, align_prob=1.0, save_every=2, sheet_every=4,
@@ -391,3 +391,22 @@ def test_non_finite_loss_stops_and_loses_nothing(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="step 2.*non-finite.*--bidirectional-lr"):
         train.main(config(tmp_path, stage="bidirectional"))
     assert equal(before, state(config(tmp_path), "bidirectional")[0])
+
+
+def test_settings_for_wan_run_through_every_stage(tmp_path, monkeypatch):
+    """Bug: what only Wan's settings meet, 16 channels, chunks of 3, bf16, recomputing, guided scores, no toy world to
+    measure in, and fails on the first day of a cluster's week. The network is tiny, all else is --size wan1.3b."""
+    tiny = dataclasses.replace(SIZES["wan1.3b"], dim=48, ffn_dim=96, num_heads=4, num_layers=2, freq_dim=32,
+                               text_dim=12, text_len=6)
+    monkeypatch.setitem(SIZES, "wan1.3b", tiny)
+    cfg = train.parse(f"--size wan1.3b --data random --out {tmp_path} --device cpu --frames 6 --height 4 --width 6 "
+                      "--batch 2 --accum 2 --bidirectional-steps 2 --teacher-forcing-steps 2 --trajectory-steps 2 "
+                      "--dmd-steps 2 --critic-steps 1 --sheet-every 1 --align-warmup 0".split())
+    assert (cfg.chunk, cfg.precision, cfg.checkpointing, cfg.score_guidance) == (3, "bf16", True, 4.0)
+    assert train.main(cfg) == []
+    for stage in train.RECIPE:
+        weights, about = read_tensors(tmp_path / f"{stage}.safetensors")
+        assert about["size"] == "wan1.3b" and all(v.dtype == torch.float32 for v in weights.values())
+    assert len(list((tmp_path / "salt_sheets").glob("*.png"))) == 2
+    ran = command(ROOT / "sample.py", "--checkpoint", tmp_path / "salt.safetensors")
+    assert ran.returncode == 1 and ran.stderr.startswith("ValueError: got a checkpoint of size wan1.3b")
