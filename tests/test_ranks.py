@@ -138,12 +138,14 @@ def test_checkpointing_changes_nothing(start, alone, stage):
 
 
 def test_bf16_keeps_fp32_weights_behind_it(start, alone):
-    """Bug: weights, averages or moments in bf16, where an update of 1e-5 is lost; times or losses in bf16."""
+    """Bug: weights, averages or moments in bf16, where an update of 1e-5 is lost; times or losses in bf16; a teacher
+    that takes twice the memory, or gathers gradients."""
     cfg = small(start, precision="bf16")
     with fsdp.setup(cfg.device, cfg.precision, cfg.shard_over, cfg.timeout):
-        forwards, forward = set(), CausalWan.forward
+        forwards, asked, forward = set(), set(), CausalWan.forward
 
         def watch(self, x, t, text, **layout):
+            asked.add(self)
             forwards.add((self.patch_embedding.weight.dtype, x.dtype, t.dtype))
             return forward(self, x, t, text, **layout)
 
@@ -153,6 +155,9 @@ def test_bf16_keeps_fp32_weights_behind_it(start, alone):
             metrics = [train.readable(training.update(step)) for step in range(UPDATES)]
         assert forwards == {(torch.bfloat16, torch.float32, torch.float32)}
         assert {v.dtype for v in fsdp.state_of(training).values()} == {torch.float32}
+        (teacher,) = asked - set(training.nets.values())
+        assert {p.dtype for p in teacher.parameters()} == {torch.bfloat16}
+        assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
         moved = {k: fsdp.whole(v) for k, v in training.nets["net"].state_dict().items()}
     for a, b in zip(metrics, alone["salt"][0]):
         assert abs(a["critic_loss"] / b["critic_loss"] - 1) < 0.01 and abs(a["grad_norm"] / b["grad_norm"] - 1) < 0.1
