@@ -156,7 +156,7 @@ def shard(net: nn.Module, precision: str, gather: str) -> nn.Module:
     """Spread a network that may still be on the meta device over the ranks, block by block, then the rest.
 
     precision: bf16 computes in bf16, with fp32 weights and reductions behind it. gather: "forward" drops a block's
-    gathered weights after each forward, "update" keeps them until they change.
+    gathered weights after each forward, "update" keeps them until a backward, or until they change.
     """
     if control is None:
         return net
