@@ -39,19 +39,21 @@ def forward_flops(c, shape, chunk=None, clean=None, cache=None, commit=False, un
     """FLOPs of the matrix products of net(x, ...), x of shape `b f c h w`, in the layouts of model.py."""
     b, f, _, height, width = shape
     s = (height // c.patch_size[1]) * (width // c.patch_size[2])  # tokens of a frame
-    frame_pairs = f * f
+    patch = c.in_dim * c.patch_size[0] * c.patch_size[1] * c.patch_size[2]
+    head = f * s * c.dim * patch if until is None else 0
+    frame_pairs, streams = f * f, 1
     if chunk is not None:
         frame_pairs = sum(chunk * (chunk + len(visible(i, chunk, c.window, c.sink))) for i in range(0, f, chunk))
     if cache is not None:
-        frame_pairs = f * (f + len(cache.seen_by(f)[2]))
+        chunks = (f,) if clean is None else (clean.shape[1], f)
+        frame_pairs, f = sum(n * len(sight) for n, sight in zip(chunks, cache.seen_by(*chunks))), sum(chunks)
+    elif clean is not None:
+        streams = 2  # of which only the noisy one meets the head
     layers = c.num_layers if until is None else until
     tokens, d = f * s, c.dim
     linear = tokens * (6 * d * d + 2 * d * c.ffn_dim) + c.text_len * 2 * d * d  # q k v o, q o, ffn; k v of the text
     attention = 2 * d * (frame_pairs * s * s + tokens * c.text_len)
-    patch = c.in_dim * c.patch_size[0] * c.patch_size[1] * c.patch_size[2]
     embeddings = tokens * d * patch + f * d * (c.freq_dim + 7 * d) + c.text_len * d * (c.text_dim + d)
-    head = tokens * d * patch if until is None else 0
-    streams = 1 if clean is None else 2  # of which only the noisy one meets the head
     return 2.0 * b * (streams * (layers * (linear + attention) + embeddings) + head)
 
 

@@ -9,6 +9,7 @@ v = dx_t/dt = eps - x_0 (`b f c h w`). One set of weights serves four layouts, a
     v = net(x, t, text, chunk=n, clean=x0)     teacher forcing: a noisy chunk sees the earlier *clean* chunks and itself
     v = net(x, t, text, cache=cache)           rollout: the next chunk sees the past that the cache holds, and itself
     cache = net.new_cache(); net.append(cache, x0, text)    commit a finished chunk (at t = 0, without gradient)
+    v = net(x, t, text, cache=cache, clean=x0)              both in one forward: commit x0, then predict the next chunk
 
 Teacher forcing and rollout are the same computation: run chunk by chunk with its clean past in the cache, the
 network returns what teacher forcing returns for all chunks at once (tests/test_model.py proves it).
@@ -165,20 +166,34 @@ class Cache:
         self.frames: list[int] = []
         self.next_frame = 0
 
-    def seen_by(self, chunk: int):
-        """What a next chunk of `chunk` frames sees: per layer the keys and values of each frame; their positions."""
-        check_window(self.window, self.sink, chunk)
-        keep = visible(len(self.frames), chunk, self.window, self.sink)
-        keys, values = ([[layer[i] for i in keep] for layer in held] for held in (self.keys, self.values))
-        return keys, values, [self.frames[i] for i in keep]
+    def seen_by(self, *chunks: int) -> list[list[int]]:
+        """What each of the next chunks, of so many frames, sees, its own frames included. Frames are numbered from the
+        oldest one held on, the new ones last."""
+        sights, sight, first = [], list(range(len(self.frames))), len(self.frames)
+        for n in chunks:
+            check_window(self.window, self.sink, n)
+            past = [sight[i] for i in visible(len(sight), n, self.window, self.sink)]
+            sight = [*past, *range(first, first + n)]
+            first += n
+            sights.append(sight)
+        return sights
+
+    def positions(self, new: int) -> list[int]:
+        """Of the frames held, and of so many new ones."""
+        return [*self.frames, *range(self.next_frame, self.next_frame + new)]
 
     def write(self, keys: list[Tensor], values: list[Tensor], frames: int):
-        """Add a chunk of `frames` frames, per layer `b (f s) nh dh`; forget what chunks of this length cannot see, so
-        that memory stays flat."""
-        old_keys, old_values, positions = self.seen_by(frames)
-        self.keys = [[*old, *k.chunk(frames, dim=1)] for old, k in zip(old_keys, keys)]
-        self.values = [[*old, *v.chunk(frames, dim=1)] for old, v in zip(old_values, values)]
-        self.frames = [*positions, *range(self.next_frame, self.next_frame + frames)]
+        """Add a chunk of `frames` frames, per layer `b (f s) nh dh`; forget what it did not see, so that memory stays
+        flat."""
+        (keep,) = self.seen_by(frames)
+
+        def kept(held, new):
+            both = [*held, *new]
+            return [both[i] for i in keep]
+
+        self.keys = [kept(held, k.chunk(frames, dim=1)) for held, k in zip(self.keys, keys)]
+        self.values = [kept(held, v.chunk(frames, dim=1)) for held, v in zip(self.values, values)]
+        self.frames = kept(self.frames, range(self.next_frame, self.next_frame + frames))
         self.next_frame += frames
 
 
@@ -308,22 +323,26 @@ class CausalWan(nn.Module):
 
         x: `b f c h w`. t: `b f`, in [0, 1]. text: `b l text_dim`, zero-padded to text_len (padding is not masked, as
         in Wan). chunk: frames per chunk, for the causal layouts. clean: `b f c h w`, the clean clip, for teacher
-        forcing. cache: the past, for a rollout; x is then the next chunk. commit: also write this chunk's keys and
-        values into the cache (used by `append`). until: stop after that many blocks and return their tokens
-        `b f s d` instead, the features that align.py compares.
+        forcing. cache: the past, for a rollout; x is then the next chunk. With both, clean `b n c h w` is the chunk
+        before x, finished but not in the cache yet: it is committed on the way (at t = 0, without gradient). commit:
+        write x's keys and values into the cache (used by `append`). until: stop after that many blocks and return
+        their tokens `b f s d` instead, the features that align.py compares.
         Returns `b f c h w` like x. Raises ValueError on shapes that do not fit.
         """
         c = self.config
         self._check(x, t, text, chunk, clean, cache, commit)
         b, f, _, height, width = x.shape
         _, ph, pw = c.patch_size
-        if clean is not None:  # two streams, [clean | noisy], on the batch axis
-            x, t, text = torch.cat([clean, x]), torch.cat([torch.zeros_like(t), t]), torch.cat([text, text])
         h, w = height // ph, width // pw
+        before = clean.shape[1] if cache is not None and clean is not None else 0  # frames to commit on the way
+        if before:
+            x, t = torch.cat([clean, x], dim=1), torch.cat([t.new_zeros(b, before), t], dim=1)
+        elif clean is not None:  # two streams, [clean | noisy], on the batch axis
+            x, t, text = torch.cat([clean, x]), torch.cat([torch.zeros_like(t), t]), torch.cat([text, text])
 
-        written = []
+        written, to_write = [], f * h * w if commit else before * h * w
         if cache is not None:
-            layout = self._cached(cache, f, h, w, x.device)
+            layout = self._cached(cache, (before, f) if before else (f,), h, w, x.device)
         elif chunk is not None:
             layout = self._chunked(f, chunk, h, w, x.device, two_streams=clean is not None)
         else:
@@ -336,16 +355,19 @@ class CausalWan(nn.Module):
         text = self.text_embedding(text.to(dtype))
         for layer, block in enumerate(self.blocks[:until]):
             def attend(q, k, v, layer=layer):
-                if commit:
-                    written.append((k.detach(), v.detach()))
+                if to_write:
+                    own = (z[:, :to_write].detach() for z in (k, v))
+                    written.append([z.clone() for z in own] if before else list(own))  # keep no slice of both chunks
                 return layout(layer, q, k, v)
             if self.checkpointing and torch.is_grad_enabled():
                 tokens = checkpoint(block, tokens, time6, text, attend, use_reentrant=False, preserve_rng_state=False)
             else:
                 tokens = block(tokens, time6, text, attend)
-        if commit:
-            cache.write([k for k, _ in written], [v for _, v in written], f)
-        if clean is not None:
+        if to_write:
+            cache.write([k for k, _ in written], [v for _, v in written], before or f)
+        if before:
+            tokens, time = tokens[:, to_write:], time[:, before:]
+        elif clean is not None:
             tokens, time = tokens[b:], time[b:]
         if until is not None:
             return tokens.unflatten(1, (f, -1))
@@ -393,17 +415,25 @@ class CausalWan(nn.Module):
 
         return attend
 
-    def _cached(self, cache, f, h, w, device):
-        keys, values, positions = cache.seen_by(f)
-        positions = [*positions, *range(cache.next_frame, cache.next_frame + f)]
-        if cache.relative:
-            positions = list(range(len(positions)))
-        cos, sin = self._rope(positions, h, w, device)
-        n = f * h * w
+    def _cached(self, cache, chunks, h, w, device):
+        """A chunk on [past | own]. Of two chunks, the first is past to the second, and carries no gradient."""
+        s, earlier, positions = h * w, sum(chunks[:-1]), cache.positions(sum(chunks))
+        sights, tokens = cache.seen_by(*chunks), [n * s for n in chunks]
+        keys, values = cache.keys, cache.values  # as they are now: a backward recomputes when the cache holds more
+        ropes = [self._rope(range(len(sight)) if cache.relative else [positions[i] for i in sight], h, w, device)
+                 for sight in sights]
+
+        def past(held, new):
+            new = new.split(s, dim=1)
+            return [*held, *(z.detach() for z in new[:earlier]), *new[earlier:]]
 
         def attend(layer, q, k, v):
-            k, v = torch.cat([*keys[layer], k], 1), torch.cat([*values[layer], v], 1)
-            return attention(rotate(q, (cos[-n:], sin[-n:])), rotate(k, (cos, sin)), v)
+            out, ks, vs = [], past(keys[layer], k), past(values[layer], v)
+            for own, sight, (cos, sin) in zip(q.split(tokens, dim=1), sights, ropes):
+                k, v = (torch.cat([z[i] for i in sight], dim=1) for z in (ks, vs))
+                n = own.shape[1]
+                out.append(attention(rotate(own, (cos[-n:], sin[-n:])), rotate(k, (cos, sin)), v))
+            return torch.cat(out, dim=1)
 
         return attend
 
@@ -419,11 +449,14 @@ class CausalWan(nn.Module):
             raise ValueError(f"t has shape {tuple(t.shape)}; expected b f = {(b, f)}, one time per frame")
         if text.shape != (b, c.text_len, c.text_dim):
             raise ValueError(f"text has shape {tuple(text.shape)}; expected {(b, c.text_len, c.text_dim)}, zero-padded")
-        if clean is not None and (clean.shape != x.shape or chunk is None):
+        if clean is not None and cache is None and (clean.shape != x.shape or chunk is None):
             raise ValueError(f"teacher forcing needs chunk and a clean clip like x {tuple(x.shape)}; "
                              f"got chunk={chunk}, clean {tuple(clean.shape)}")
-        if cache is not None and (chunk is not None or clean is not None):
-            raise ValueError("with a cache, x is one chunk: give neither chunk nor clean")
+        if clean is not None and cache is not None and (commit or clean.shape[:1] + clean.shape[2:] != x[:, 0].shape):
+            raise ValueError(f"got commit={commit} and clean {tuple(clean.shape)}, expected a clean chunk like x "
+                             f"{tuple(x.shape)}, of any number of frames, which is committed instead of x")
+        if cache is not None and chunk is not None:
+            raise ValueError("with a cache, x is one chunk: do not give chunk")
         if commit and cache is None:
             raise ValueError("commit writes into a cache: give cache=net.new_cache()")
         if cache is not None and cache.frames and len(cache.keys[0][0]) != b:

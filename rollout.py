@@ -6,6 +6,9 @@ Python generator, so sampling, playing, evaluation and training all consume the 
 
     for chunk in stream(net, noise, text, grid, chunks=8): show(chunk.x0)
 
+Without gradient a commit costs no forward of its own: it rides with the first step of the next chunk, K forwards per
+chunk in place of K + 1, with the same numbers.
+
 Training asks for an *exit step* (Self Forcing): every chunk stops at step `exit_step` of the grid and its prediction
 x_0 there is the output; only that last forward carries gradient. Over random exit steps each time of the grid is
 trained behind the student's own history. (Not quite that of inference: with an early exit the chunks in the cache are
@@ -45,17 +48,19 @@ def grids(steps: int, shift: float, first_steps: int = 4) -> tuple[Tensor, Tenso
 
 def stream(net, noise: Callable[[int, int], Tensor], text: Tensor, grid: Tensor, *, chunks: int,
            first_grid: Tensor | None = None, solver: str = "cm", exit_step: int | None = None,
-           cache=None) -> Iterator[Chunk]:
+           cache=None, fused: bool = True) -> Iterator[Chunk]:
     """Generate `chunks` chunks, one after the other.
 
     net: a causal network or flowmap.Guided. noise(i, k): `b n c h w`, for chunk i the start (k = 0) or what the CM
     solver adds at the k-th time. text: `b l d`. grid, first_grid: descending times without 0. exit_step: stop every
     chunk at this index of the grid (the first chunk at the same fraction of its own); gradient flows through that
-    last forward only, where the caller has it enabled. cache: a past to continue from; then no chunk counts as the
-    first.
+    last forward only, where the caller has it enabled. cache: a past to continue from; if it is not empty, no chunk
+    counts as the first, and when all chunks are done the last one is committed to it as well. fused: without gradient,
+    commit a chunk in one forward with the first step of the next.
     """
     check_solver(solver)
-    cache = net.new_cache() if cache is None else cache
+    to_continue = cache is not None
+    cache = cache if to_continue else net.new_cache()
     exit_step = len(grid) - 1 if exit_step is None else exit_step
     first_grid = grid if first_grid is None or cache.next_frame > 0 else first_grid
     if not 0 <= exit_step < len(grid) <= len(first_grid):
@@ -63,6 +68,7 @@ def stream(net, noise: Callable[[int, int], Tensor], text: Tensor, grid: Tensor,
                          "first chunk; expected a step of the grid, and no fewer for the first chunk: change "
                          "--first-steps")
     with_grad = torch.is_grad_enabled()
+    fused, finished = fused and not with_grad, {}
     for i in range(chunks):
         times, last = grid.tolist(), exit_step
         if i == 0:
@@ -70,13 +76,37 @@ def stream(net, noise: Callable[[int, int], Tensor], text: Tensor, grid: Tensor,
         x = noise(i, 0)
         for k, t in enumerate(times[: last + 1]):
             with torch.set_grad_enabled(with_grad and k == last):
-                v = net(x, torch.full(x.shape[:2], t, device=x.device), text, cache=cache)
+                v = net(x, torch.full(x.shape[:2], t, device=x.device), text, cache=cache, **finished)
                 if k < last:
                     s = times[k + 1]
                     x = renoise(x, v, t, s, noise(i, k + 1)) if solver == "cm" else euler(x, v, t, s)
+            finished = {}
         x0 = to_x0(x, v, t)
         yield Chunk(x0, x, v, t, cache)
-        net.append(cache, x0.detach(), text)
+        if fused and i + 1 < chunks:
+            finished = {"clean": x0}
+        elif to_continue or i + 1 < chunks:
+            net.append(cache, x0.detach(), text)
+
+
+@torch.no_grad()
+def recache(net, cache, history: list[tuple[int, Tensor]], text: Tensor):
+    """A new cache of the frames that `cache` holds, as if they had been made under another prompt (LongLive's recache).
+
+    Keys and values of the past were computed with the old prompt in every layer, so a new prompt alone would change the
+    picture slowly or not at all. history: (position of its first frame, x0 `b n c h w`) of each chunk committed;
+    frames that the cache has dropped are passed over, and those kept see only each other. text: the new `b l d`.
+    """
+    fresh = net.new_cache(cache.window, cache.sink, cache.relative)
+    for first, x0 in history:
+        kept = [i for i in range(x0.shape[1]) if first + i in cache.frames]
+        if kept:
+            fresh.next_frame = first + kept[0]
+            net.append(fresh, x0[:, kept], text)
+    if fresh.frames != cache.frames:
+        raise ValueError(f"got a history without frames {sorted(set(cache.frames) - set(fresh.frames))}, expected all "
+                         f"that the cache holds: {cache.frames}")
+    return fresh
 
 
 def shared_noise(noise: Tensor, chunk: int, steps: int, first_steps: int) -> Callable[[int, int], Tensor]:

@@ -410,7 +410,7 @@ def self_rollout(cfg, net, text, noise, steps, exit_step, tm_te=None) -> tuple[T
     grid, first_grid = grids(steps, cfg.shift, cfg.first_steps)
     x0, sc = [], []
     for chunk in stream(net, shared_noise(noise, cfg.chunk, steps, len(first_grid)), text, grid,
-                        chunks=cfg.frames // cfg.chunk, first_grid=first_grid, exit_step=exit_step):
+                        chunks=cfg.frames // cfg.chunk, first_grid=first_grid, exit_step=exit_step, fused=False):
         x0.append(chunk.x0)
         if tm_te:
             def velocity(x, t, past=chunk.cache):

@@ -147,6 +147,25 @@ def test_cache_is_read_only_and_detached(tiny):
     assert not any(z.requires_grad for z in held()) and cache.next_frame == 3
 
 
+def test_commit_on_the_way_carries_no_gradient(tiny):
+    """Bug: gradient that flows into the chunk that a forward commits, by x or by the weights: it must be that of a
+    commit of its own."""
+    net = tiny()
+    x, t, text, clean = inputs()
+    past, gradients = clean[:, :2].clone().requires_grad_(), []
+    for fused in (True, False):
+        cache = net.new_cache()
+        if not fused:
+            net.append(cache, past, text)
+        net.zero_grad()
+        v = net(x[:, 2:4], t[:, 2:4], text, cache=cache, **({"clean": past} if fused else {}))
+        v.square().sum().backward()
+        gradients.append([p.grad for p in net.parameters()])
+    assert past.grad is None or not past.grad.any()
+    for got, want in zip(*gradients):
+        assert (got - want).norm() <= 1e-4 * want.norm() + 1e-6
+
+
 def test_long_rollout_has_flat_memory_and_bounded_positions(tiny):
     """Bug: a cache that grows for ever, or relative positions that leave the range of training."""
     net = tiny()
@@ -156,9 +175,11 @@ def test_long_rollout_has_flat_memory_and_bounded_positions(tiny):
         net.append(cache, x[:, :1], text)
     v = net(x[:, :1], t[:, :1], text, cache=cache)
     assert cache.frames == [0, 9, 10, 11] and [k.shape[1] for k in cache.keys[0]] == 4 * [6]
+    (sight,) = cache.seen_by(1)
+    assert [cache.positions(1)[i] for i in sight] == [0, 10, 11, 12]
     fresh = net.new_cache()  # the three frames of them that the next one sees, at positions 0, 1, 2
-    fresh.keys, fresh.values, seen = cache.seen_by(1)
-    assert seen == [0, 10, 11]
+    fresh.keys = [[layer[i] for i in sight[:3]] for layer in cache.keys]
+    fresh.values = [[layer[i] for i in sight[:3]] for layer in cache.values]
     fresh.frames, fresh.next_frame = [0, 1, 2], 3
     close(v, net(x[:, :1], t[:, :1], text, cache=fresh), 1e-6)
 
@@ -170,6 +191,8 @@ def test_long_rollout_has_flat_memory_and_bounded_positions(tiny):
     (lambda net, x, t, text: net(x, t, text, chunk=4), "--chunk"),
     (lambda net, x, t, text: net(x, t, text, chunk=0), "--chunk"),
     (lambda net, x, t, text: net(x, t, text, clean=x), "chunk"),
+    (lambda net, x, t, text: net(x, t, text, chunk=2, cache=net.new_cache()), "do not give chunk"),
+    (lambda net, x, t, text: net(x, t, text, clean=x[:1], cache=net.new_cache()), "of any number of frames"),
     (lambda net, x, t, text: net(x[0], t, text), "five axes"),
     (lambda net, x, t, text: net(x, t, text, commit=True), "cache"),
     (lambda net, x, t, text: net.new_cache(window=0), "--window"),

@@ -1,11 +1,14 @@
 """Self-rollout: official numbers, gradients that stop at the chunk boundary, and noise that equal times share."""
 
+import gc
+
 import pytest
 import torch
 from conftest import close, close_norm
 
-from flowmap import add_noise, schedule
-from rollout import grids, shared_noise, stream
+from flowmap import Guided, add_noise, schedule
+from model import rope_angles, sinusoid
+from rollout import grids, recache, shared_noise, stream
 
 
 def recorded(g, chunk):
@@ -72,6 +75,152 @@ def test_rollout_equals_teacher_forcing_on_its_own_history(tiny):
     close(noise[:, 0] - v, x0, 1e-5)
 
 
+@pytest.mark.parametrize("window, sink, relative, chunk, steps", [
+    (None, 0, False, 1, 1), (None, 0, False, 2, 4), (4, 1, False, 1, 2), (4, 1, True, 2, 2), (3, 0, True, 1, 2)])
+@torch.no_grad()
+def test_fused_commit_changes_nothing_but_the_number_of_forwards(tiny, window, sink, relative, chunk, steps):
+    """Bug: a chunk that is committed with the next one's first step and sees too much, lies at other positions or is
+    kept otherwise than by a forward of its own. Guided, after a past of one frame, with everything that is held."""
+    net, g, chunks = tiny(), torch.Generator().manual_seed(0), 5
+    noise, text = torch.randn(2, 4, chunks * chunk, 3, 4, 6, generator=g), torch.randn(2, 3, 5, generator=g)
+    image, null = torch.randn(2, 1, 3, 4, 6, generator=g), torch.randn(3, 5, generator=g)
+
+    def rollout(fused):
+        calls = []
+        hook = net.register_forward_pre_hook(lambda *_: calls.append(1))
+        guided = Guided(net, null, 2.0)
+        cache = guided.new_cache(window=window, sink=sink, relative=relative)
+        guided.append(cache, image, text)
+        calls.clear()
+        draw = shared_noise(noise, chunk, steps, steps)
+        x0 = [c.x0 for c in stream(guided, draw, text, schedule(steps, 5.0), chunks=chunks, cache=cache, fused=fused)]
+        hook.remove()
+        return torch.cat(x0, 1), cache, len(calls)
+
+    (x0, cache, calls), (want, want_cache, want_calls) = rollout(True), rollout(False)
+    assert (calls, want_calls) == (chunks * steps + 1, chunks * (steps + 1))  # the last chunk's commit stands alone
+    close(x0, want, 1e-5)
+    assert (cache.frames, cache.next_frame) == (want_cache.frames, want_cache.next_frame)
+    for held, want_held in ((cache.keys, want_cache.keys), (cache.values, want_cache.values)):
+        for layer, want_layer in zip(held, want_held):
+            for z, want_z in zip(layer, want_layer, strict=True):
+                close(z, want_z, 1e-4)
+                assert z.untyped_storage().nbytes() <= chunk * 24 * 4 * z.shape[0] * 6  # no slice of two chunks
+
+
+def frames_seen(first, n, window, sink):
+    """The past frames that a chunk of n frames from `first` on sees."""
+    if window is None or first <= window - n:
+        return list(range(first))
+    return [*range(sink), *range(first - (window - sink - n), first)]
+
+
+def recomputed(net, clean, x, t, text, chunk, window, sink, relative):
+    """The velocity of chunk x behind all the clean chunks before it, everything computed anew, layer by layer: no
+    cache, no layout of model.py. Positions are those in the clip, or (relative) those among the frames that a chunk sees."""
+    _, f, _, h, w = clean.shape
+    s, dh = h * w // 4, net.config.dim // net.config.num_heads
+    chunks = [clean[:, i : i + chunk] for i in range(0, f, chunk)] + [x]
+    times = [torch.zeros(len(x), chunk)] * (f // chunk) + [t]
+
+    def turned(z, positions):
+        angle = rope_angles(torch.tensor(positions), h // 2, w // 2, dh)[:, None].float()
+        z = torch.view_as_complex(z.unflatten(-1, (-1, 2))) * torch.polar(torch.ones_like(angle), angle)
+        return torch.view_as_real(z).flatten(-2)
+
+    tokens = [net.patch_embedding(z.transpose(1, 2)).flatten(2).transpose(1, 2) for z in chunks]
+    time = [net.time_embedding(sinusoid(z, net.config.freq_dim)) for z in times]
+    text = net.text_embedding(text)
+    for block in net.blocks:
+        q, k, v = zip(*[block.before(z, net.time_projection(e).unflatten(-1, (6, -1))) for z, e in zip(tokens, time)])
+        k, v = torch.cat(k, 1).split(s, 1), torch.cat(v, 1).split(s, 1)  # frame by frame
+        for i, z in enumerate(tokens):
+            sees = frames_seen(i * chunk, chunk, window, sink) + list(range(i * chunk, (i + 1) * chunk))
+            positions = list(range(len(sees))) if relative else sees
+            keys = turned(torch.cat([k[j] for j in sees], 1), positions)
+            weights = torch.einsum("bnhd,bmhd->bhnm", turned(q[i], positions[-chunk:]), keys) / dh**0.5
+            attended = torch.einsum("bhnm,bmhd->bnhd", weights.softmax(-1), torch.cat([v[j] for j in sees], 1))
+            tokens[i] = block.after(z, attended, net.time_projection(time[i]).unflatten(-1, (6, -1)), text)
+    v = net.head(tokens[-1], time[-1]).unflatten(1, (chunk, h // 2, w // 2)).unflatten(-1, (2, 2, -1))
+    return v.permute(0, 1, 6, 2, 4, 3, 5).flatten(3, 4).flatten(4, 5)
+
+
+WINDOWS = [(None, 0, False), (4, 0, False), (4, 1, False), (4, 1, True), (6, 2, True), (5, 0, True)]
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+@pytest.mark.parametrize("window, sink, relative", WINDOWS)
+@torch.no_grad()
+def test_windowed_rollout_equals_recomputing_everything(tiny, window, sink, relative, chunk):
+    """Bug: keys that are kept rotated for another place, a sink that wanders off, a frame that is dropped too early or
+    too late, on a rollout three windows long."""
+    net, g, f = tiny(), torch.Generator().manual_seed(0), 12
+    noise, text = torch.randn(2, 2, f, 3, 4, 6, generator=g), torch.randn(2, 3, 5, generator=g)
+    cache = net.new_cache(window=window, sink=sink, relative=relative)
+    made = list(stream(net, shared_noise(noise, chunk, 2, 2), text, schedule(2, 5.0), chunks=f // chunk, cache=cache))
+    x0 = torch.cat([c.x0 for c in made], 1)
+    for i, c in enumerate(made):
+        t = torch.full((2, chunk), c.t)
+        close(c.v, recomputed(net, x0[:, : i * chunk], c.x_t, t, text, chunk, window, sink, relative), 1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+@pytest.mark.parametrize("window, sink, relative", WINDOWS)
+@torch.no_grad()
+def test_recache_is_a_fresh_run_on_the_same_history(tiny, window, sink, relative, chunk):
+    """Bug: a switch of prompts that leaves the old prompt in the cache, or frames at other positions. What follows must
+    be what a new model sees that is given the frames still held, under the new prompt, and nothing else."""
+    net, g, f = tiny(), torch.Generator().manual_seed(0), 8
+    noise, text = torch.randn(2, 1, f, 3, 4, 6, generator=g), torch.randn(2, 2, 3, 5, generator=g)
+    cache, history = net.new_cache(window=window, sink=sink, relative=relative), []
+    for c in stream(net, shared_noise(noise, chunk, 1, 1), text[0], schedule(1, 5.0), chunks=f // chunk, cache=cache):
+        history.append((len(history) * chunk, c.x0))
+    switched = recache(net, cache, history, text[1])
+    assert (switched.frames, switched.next_frame) == (cache.frames, f)
+
+    x, t = torch.randn(2, chunk, 3, 4, 6, generator=g), torch.full((2, chunk), 0.7)
+    got = net(x, t, text[1], cache=switched)
+    clean = torch.cat([x0 for _, x0 in history], 1)
+    if window is None:
+        close(got, recomputed(net, clean, x, t, text[1], chunk, None, 0, False), 1e-5)
+    fresh = net.new_cache(relative=relative, window=window, sink=sink)
+    for first in range(0, f, chunk):
+        held = [i for i in range(first, first + chunk) if i in cache.frames]
+        if held:
+            fresh.next_frame = held[0]
+            net.append(fresh, clean[:, held], text[1])
+    fresh.next_frame = f
+    close(got, net(x, t, text[1], cache=fresh), 1e-6)
+    assert (got - net(x, t, text[1], cache=cache)).abs().max() > 0.01  # what a switch without recache gives
+    if window is not None:
+        with pytest.raises(ValueError, match="got a history without frames"):
+            recache(net, cache, history[:-1], text[1])
+
+
+def bytes_alive():
+    gc.collect()
+    storages = [z.untyped_storage() for z in gc.get_objects() if type(z) in (torch.Tensor, torch.nn.Parameter)]
+    return sum({z.data_ptr(): z.nbytes() for z in storages}.values())
+
+
+@pytest.mark.parametrize("relative", [True, False])
+@torch.no_grad()
+def test_2000_frames_in_constant_memory(tiny, relative):
+    """Bug: anything that grows with the clip: keys, tables of positions, a slice that keeps a whole tensor alive. All
+    tensors alive are counted, after 100 frames and after 2,000."""
+    net, g = tiny(num_layers=1), torch.Generator().manual_seed(0)
+    text, cache, alive = torch.randn(1, 3, 5, generator=g), net.new_cache(window=6, sink=1, relative=relative), {}
+
+    def noise(i, k):
+        return torch.randn(1, 2, 3, 4, 6, generator=g)
+
+    for i, _ in enumerate(stream(net, noise, text, schedule(1, 5.0), chunks=1000, cache=cache)):
+        if i in (49, 999):
+            alive[i] = bytes_alive()
+    assert cache.next_frame == 2000 and cache.frames == [0, 1995, 1996, 1997, 1998, 1999]
+    assert alive[999] <= alive[49]
+
+
 def test_gradient_stays_in_its_chunk(tiny):
     """Bug: later chunks that send gradient into earlier ones: a chunk's loss must have the gradient it has alone."""
     net, g = tiny(), torch.Generator().manual_seed(0)
@@ -90,7 +239,7 @@ def test_exit_step(tiny, steps, exit_step, first_exit):
 
     class Watch:
         new_cache, append = net.new_cache, net.append
-        def __call__(self, x, t, text, cache):
+        def __call__(self, x, t, text, cache):  # no clean: with gradient a commit is a forward of its own
             enabled.append((round(t[0, 0].item(), 6), torch.is_grad_enabled()))
             return net(x, t, text, cache=cache)
 

@@ -143,10 +143,12 @@ class WindowWorld:
         tokens = x0.flatten(2)[:, :, None]  # (b f nh=1 dh)
         cache.write([tokens], [tokens], x0.shape[1])
 
-    def __call__(self, x, t, text, *, cache):
-        _, values, positions = cache.seen_by(x.shape[1])
-        n = len(positions)
-        world = Gaussian(self.offset + sum(self.weight(r, n) * values[0][r][:, 0, 0] for r in range(n)), self.Q)
+    def __call__(self, x, t, text, *, cache, clean=None):
+        if clean is not None:
+            self.append(cache, clean, text)
+        shown = cache.seen_by(x.shape[1])[0][: -x.shape[1]]
+        past = sum(self.weight(r, len(shown)) * cache.values[0][i][:, 0, 0] for r, i in enumerate(shown))
+        world = Gaussian(self.offset + past, self.Q)
         law = world.consistency_velocity if self.perfect else world.velocity
         return video(torch.stack([law(frame[..., 0, 0], t[0, 0].item()) for frame in x.unbind(1)], 1))
 
