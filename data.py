@@ -73,6 +73,11 @@ def to_rgb(x: Tensor) -> Tensor:
     return x * STD + MEAN
 
 
+def from_rgb(rgb: Tensor) -> Tensor:
+    """The way back, from RGB in [0, 1]."""
+    return (rgb - MEAN) / STD
+
+
 def bounce(x: Tensor) -> Tensor:
     """Fold positions (pixels) back between the walls, as often as it takes."""
     span = SIZE - 2 * RADIUS
@@ -262,6 +267,22 @@ def write_shard(path: Path, samples: list[dict]) -> None:
     about = {"captions": [sample["caption"] for sample in samples],
              "crc32": [checksum(*[sample[kind] for kind in kinds]) for sample in samples]}
     _write(path, {f"{i}.{kind}": sample[kind] for i, sample in enumerate(samples) for kind in kinds}, about)
+
+
+def read_shard(path: Path) -> list[dict]:
+    """The samples that write_shard wrote, tensors in float32. ValueError if one is damaged, or it is another file."""
+    try:
+        with safe_open(path, "pt") as f:
+            about, names, samples = json.loads((f.metadata() or {})["about"]), set(f.keys()), []
+            for i, (caption, crc) in enumerate(zip(about["captions"], about["crc32"], strict=True)):
+                stored = {k: f.get_tensor(f"{i}.{k}") for k in ("latents", "text") if f"{i}.{k}" in names}
+                if checksum(*stored.values()) != crc:
+                    raise OSError(f"the bytes of sample {i} do not match its crc32")
+                samples.append({k: finite(x) for k, x in stored.items()} | {"caption": caption})
+        return samples
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"got no readable {path} ({type(e).__name__}: {e}), expected a file that data.write_shard "
+                         "wrote: change its name, or write it again") from e
 
 
 def write_null(path: Path, text: Tensor) -> None:

@@ -109,6 +109,43 @@ def recache(net, cache, history: list[tuple[int, Tensor]], text: Tensor):
     return fresh
 
 
+@torch.no_grad()
+def story(net, noise: Callable[[int, int], Tensor], texts: list[tuple[int, Tensor]], grid: Tensor, *, chunk: int,
+          frames: int, given: Tensor | None = None, cache=None, **how) -> Iterator[Tensor]:
+    """A clip whose prompt changes on the way: x0 `b n c h w` of chunk after chunk, those given first.
+
+    texts: (frame, `b l d`), from which frame on which text, the first from 0; the change is made, with a recache, at
+    the first border of chunks from there on. frames: how many to make, a multiple of chunk. given: `b f c h w`, clean
+    latents to start from, a picture or a clip; if f is no multiple of chunk, the first piece is the shorter one. cache:
+    an empty one with the window wanted. noise(i, k), how: as for `stream`.
+    """
+    cache = net.new_cache() if cache is None else cache
+    history, made, done = [], 0, 0  # chunks with the positions of their first frames; chunks made; frames there are
+
+    def remember(x0):
+        nonlocal history, done
+        held = set(cache.frames)
+        history = [(first, x) for first, x in history if held & set(range(first, first + x.shape[1]))] + [(done, x0)]
+        done += x0.shape[1]
+        return x0
+
+    if given is not None:
+        pieces = [given.shape[1] % chunk] + [chunk] * (given.shape[1] // chunk)
+        for piece in given.split([n for n in pieces if n], dim=1):
+            net.append(cache, piece, texts[0][1])
+            yield remember(piece)
+    end = done + frames
+    for (start, text), until in zip(texts, [*(frame for frame, _ in texts[1:]), end]):
+        chunks = -(-(min(until, end) - done) // chunk)
+        if chunks > 0:
+            if start > 0:
+                cache = recache(net, cache, history, text)
+            for new in stream(net, lambda i, k, first=made: noise(first + i, k), text, grid, chunks=chunks, cache=cache,
+                              **how):
+                yield remember(new.x0)
+            made += chunks
+
+
 def shared_noise(noise: Tensor, chunk: int, steps: int, first_steps: int) -> Callable[[int, int], Tensor]:
     """The noise(i, k) of `stream` from one tensor `b K f c h w`, K the densest grid: equal times get equal noise.
 

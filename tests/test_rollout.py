@@ -8,7 +8,7 @@ from conftest import close, close_norm
 
 from flowmap import Guided, add_noise, schedule
 from model import rope_angles, sinusoid
-from rollout import grids, recache, shared_noise, stream
+from rollout import grids, recache, shared_noise, story, stream
 
 
 def recorded(g, chunk):
@@ -117,7 +117,7 @@ def frames_seen(first, n, window, sink):
 
 def recomputed(net, clean, x, t, text, chunk, window, sink, relative):
     """The velocity of chunk x behind all the clean chunks before it, everything computed anew, layer by layer: no
-    cache, no layout of model.py. Positions are those in the clip, or (relative) those among the frames that a chunk sees."""
+    cache, no layout of model.py. Positions are those in the clip, or (relative) among the frames that a chunk sees."""
     _, f, _, h, w = clean.shape
     s, dh = h * w // 4, net.config.dim // net.config.num_heads
     chunks = [clean[:, i : i + chunk] for i in range(0, f, chunk)] + [x]
@@ -195,6 +195,38 @@ def test_recache_is_a_fresh_run_on_the_same_history(tiny, window, sink, relative
     if window is not None:
         with pytest.raises(ValueError, match="got a history without frames"):
             recache(net, cache, history[:-1], text[1])
+
+
+@pytest.mark.parametrize("given", [0, 3, 4])
+@pytest.mark.parametrize("window, sink", [(None, 0), (6, 1)])
+@torch.no_grad()
+def test_story_is_the_rollouts_it_is_made_of(tiny, given, window, sink):
+    """Bug: a new prompt one chunk early or late, noise that starts again with it, a given clip that is not the past, or
+    is cut so that the model meets chunks of odd length where it need not. Chunks of 2; `at 5` is the border at 6, or at
+    5 where 3 frames are given."""
+    net, g = tiny(), torch.Generator().manual_seed(0)
+    noise, text = torch.randn(1, 4, 14, 3, 4, 6, generator=g), torch.randn(3, 1, 3, 5, generator=g)
+    clip = torch.randn(1, given, 3, 4, 6, generator=g) if given else None
+    draw, (grid, first_grid), cut = shared_noise(noise, 2, 2, 4), grids(2, 5.0, 4), [n for n in (given % 2, 2, 2) if n]
+    if given:  # then no chunk is the first one, and no noise is for four steps
+        draw = lambda i, k: noise[:, 2 * k, 2 * i : 2 * i + 2]
+    made = torch.cat(list(story(net, draw, [(0, text[0]), (5, text[1]), (12, text[2])], grid, chunk=2, frames=14,
+                                given=clip, cache=net.new_cache(window, sink), first_grid=first_grid)), 1)
+
+    cache, history, before = net.new_cache(window, sink), [], 0
+    for piece in clip.split(cut[: (given + 1) // 2], 1) if given else ():
+        history.append((cache.next_frame, piece))
+        net.append(cache, piece, text[0])
+    for i in range(7):
+        now = (cache.next_frame >= 5) + (cache.next_frame >= 12)
+        if now != before:
+            cache = recache(net, cache, history, text[now])
+        before = now
+        (new,) = stream(net, lambda _, k, i=i: draw(i, k), text[now], grid, chunks=1, cache=cache,
+                        first_grid=first_grid)
+        history.append((cache.next_frame - 2, new.x0))
+    close(made, torch.cat([x for _, x in history], 1), 1e-5)
+    assert made.shape[1] == given + 14 and not (given and (made[:, :given] - clip).any())
 
 
 def bytes_alive():
