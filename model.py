@@ -490,15 +490,15 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
 def read_tensors(path: Path, only_about: bool = False) -> tuple[dict[str, Tensor], dict]:
     """The tensors of a safetensors file and its `about`. ValueError if it is missing or damaged."""
     if not Path(path).is_file():
-        raise ValueError(f"got no file {path}, expected a .safetensors checkpoint: train it, or change "
-                         "--checkpoint or --out")
+        raise ValueError(f"got no file {path}, expected a .safetensors checkpoint: train it, or change --weights or "
+                         "--out")
     try:
         with safe_open(path, "pt") as f:
             about = json.loads((f.metadata() or {}).get("about", "{}"))
             return {} if only_about else {k: f.get_tensor(k) for k in f.keys()}, about
     except (SafetensorError, OSError, json.JSONDecodeError) as e:
         raise ValueError(f"got a damaged or truncated file {path} ({e}), expected a complete .safetensors file: "
-                         "change --checkpoint or --out, or move it away and train its stage again") from e
+                         "change --weights or --out, or move it away and train its stage again") from e
 
 
 def about_of(path: Path) -> dict:
@@ -514,7 +514,7 @@ def check_weights(net: CausalWan, weights: dict[str, Tensor], path) -> None:
         wrong = sorted(k for k in own.keys() | got.keys() if own.get(k) != got.get(k))
         first = "; ".join(f"{k}: got {got.get(k, 'nothing')}, expected {own.get(k, 'nothing')}" for k in wrong[:3])
         raise ValueError(f"{path} does not fit this model in {len(wrong)} tensors ({first}): change --size or "
-                         "--checkpoint")
+                         "--out")
 
 
 def load_weights(net: CausalWan, weights: dict[str, Tensor], path) -> CausalWan:

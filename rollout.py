@@ -48,19 +48,18 @@ def grids(steps: int, shift: float, first_steps: int = 4) -> tuple[Tensor, Tenso
 
 def stream(net, noise: Callable[[int, int], Tensor], text: Tensor, grid: Tensor, *, chunks: int,
            first_grid: Tensor | None = None, solver: str = "cm", exit_step: int | None = None,
-           cache=None, fused: bool = True) -> Iterator[Chunk]:
+           cache=None, commit_last: bool = False, fused: bool = True) -> Iterator[Chunk]:
     """Generate `chunks` chunks, one after the other.
 
     net: a causal network or flowmap.Guided. noise(i, k): `b n c h w`, for chunk i the start (k = 0) or what the CM
     solver adds at the k-th time. text: `b l d`. grid, first_grid: descending times without 0. exit_step: stop every
     chunk at this index of the grid (the first chunk at the same fraction of its own); gradient flows through that
     last forward only, where the caller has it enabled. cache: a past to continue from; if it is not empty, no chunk
-    counts as the first, and when all chunks are done the last one is committed to it as well. fused: without gradient,
+    counts as the first. commit_last: the last chunk too, for a cache that is continued from. fused: without gradient,
     commit a chunk in one forward with the first step of the next.
     """
     check_solver(solver)
-    to_continue = cache is not None
-    cache = cache if to_continue else net.new_cache()
+    cache = net.new_cache() if cache is None else cache
     exit_step = len(grid) - 1 if exit_step is None else exit_step
     first_grid = grid if first_grid is None or cache.next_frame > 0 else first_grid
     if not 0 <= exit_step < len(grid) <= len(first_grid):
@@ -85,7 +84,7 @@ def stream(net, noise: Callable[[int, int], Tensor], text: Tensor, grid: Tensor,
         yield Chunk(x0, x, v, t, cache)
         if fused and i + 1 < chunks:
             finished = {"clean": x0}
-        elif to_continue or i + 1 < chunks:
+        elif commit_last or i + 1 < chunks:
             net.append(cache, x0.detach(), text)
 
 
@@ -141,7 +140,7 @@ def story(net, noise: Callable[[int, int], Tensor], texts: list[tuple[int, Tenso
             if start > 0:
                 cache = recache(net, cache, history, text)
             for new in stream(net, lambda i, k, first=made: noise(first + i, k), text, grid, chunks=chunks, cache=cache,
-                              **how):
+                              commit_last=until < end, **how):
                 yield remember(new.x0)
             made += chunks
 

@@ -1,28 +1,57 @@
-"""Sample a trained model: prompts in, an animated picture out, chunk by chunk.
+"""Sample a model: prompts in, moving pictures out, chunk by chunk.
 
     python sample.py                                      # the newest student in runs/, all prompts of the toy world
-    python sample.py --prompt "red ball" --steps 2 --frames 64 --seed 1 --out ball.webp
-    python sample.py --checkpoint runs/toy/teacher_forcing.safetensors --steps 40 --solver euler
+    python sample.py --prompt "red ball" --at 32 "blue bar" --frames 64 --seed 1 --out ball.webp
+    python sample.py --weights runs/toy/teacher_forcing.safetensors --steps 40 --solver euler
+    python sample.py --size wan1.3b --weights Wan2.1-T2V-1.3B --prompt "a red fox runs through snow"
+    python sample.py --weights student.pt --wan Wan2.1-T2V-1.3B --prompt "a red fox" --image fox.png --out fox.mp4
+    python sample.py --weights student.pt --prompt-embeds prompts.safetensors --samples 5 --vbench --out videos
 
-Steps, solver, chunk, window and shift default to what the checkpoint was trained for, and a mismatch is a warning
-that says what to expect. Clips longer than those of training slide a window over the past: the first --sink frames
-and the last ones up to --window frames in all, with positions counted inside the window, so that memory and time per
-chunk stay flat.
+--weights takes every layout that wan21.py reads. Steps, solver, chunk, window and shift default to what a checkpoint of
+train.py was trained for; Wan's own weights to whole clips in 50 guided steps, as Wan samples them; public .pt files to
+few-step students, chunk by chunk. What departs from that is a warning that says what to expect.
+
+Frames are latent frames: pictures of the toy world; of Wan, n latent frames are 1 + 4 (n - 1) pictures. Clips longer
+than those of training slide a window over the past: the first --sink frames and the last ones up to --window frames in
+all, so memory and time per chunk stay flat. Positions are counted inside the window, where training has been, or
+(--positions absolute) from the start of the clip.
+
+A sample depends on its prompt, its seed and the settings, not on what is sampled beside it; sample k of a prompt has
+seed --seed + k.
 """
 
 import argparse
+import os
+import re
+import shutil
 import sys
 import time
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from einops import rearrange
+from torch import Tensor
 from tqdm import tqdm
 
 import data
+import encoders
+import video
+import wan21
 from flowmap import Guided
-from model import SIZES, CausalWan, about_of, check_window, load_weights, read_tensors
-from rollout import grids, stream
+from model import SIZES, about_of, check_window
+from rollout import grids, story
+
+# What weights that record nothing were made for. Wan's own: README of Wan2.1, for T2V-1.3B (but UniPC there); public
+# students: Self Forcing's and Causal Forcing's configurations.
+WAN = dict(stage="Wan 2.1", causal=False, few_step=False, solver="euler", steps=50, first_steps=1, chunk=21,
+           shift=8.0, guidance=6.0, frames=21, mixed_steps=(), window=0, height=60, width=104)
+PUBLIC = {"official": WAN, "diffusers": WAN,
+          "pt": WAN | dict(stage="a public student", causal=True, few_step=True, solver="cm", steps=4, first_steps=4,
+                           chunk=3, shift=5.0, guidance=1.0, mixed_steps=(4,))}
+FORMATS = {"mp4": ".mp4", "webp": ".webp", "png": "", "latents": ".safetensors"}  # and their endings
 
 
 def newest_student() -> Path:
@@ -32,123 +61,380 @@ def newest_student() -> Path:
     found = {path: about for path, about in found.items() if about.get("causal") and about.get("few_step")}
     if not found:
         raise ValueError("got no student in runs/, expected runs/*/salt.safetensors or runs/*/causal_cd.safetensors: "
-                         "run `python train.py` first, or give --checkpoint")
+                         "run `python train.py` first, or give --weights")
     return max(found, key=lambda path: found[path]["saved"])
 
 
 def parse(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--checkpoint", type=Path, help="a file that train.py left (default: the newest student in runs/)")
-    p.add_argument("--prompt", nargs="+", default=data.PROMPTS, help='each in quotes: "red ball" (default: all)')
-    p.add_argument("--steps", type=int, help="denoising steps per chunk (default: 2 for a student, 40 for a teacher)")
-    p.add_argument("--first-steps", type=int, help="least steps of the first chunk (default: as trained)")
-    p.add_argument("--chunk", type=int, help="frames per chunk (default: as trained)")
-    p.add_argument("--frames", type=int, default=24, help="frames of the clip (default: 24)")
-    p.add_argument("--window", type=int, help="frames a frame may see, with itself (default: the length trained on)")
-    p.add_argument("--sink", type=int, default=1, help="of these, the first frames of the clip (default: 1)")
-    p.add_argument("--solver", choices=("cm", "euler"), help="default: cm for a student, euler for a teacher")
-    p.add_argument("--shift", type=float, help="timestep shift (default: as trained)")
-    p.add_argument("--guidance", type=float, help="guidance w (default: none for a student, as recorded for a teacher)")
-    p.add_argument("--seed", type=int, default=0, help="of the noise; clip i of a seed does not depend on the others")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    p.add_argument("--out", type=Path, default=Path("sample.webp"), help="the animated picture (default: sample.webp)")
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                allow_abbrev=False)
+    what = p.add_argument_group("what")
+    what.add_argument("--weights", type=Path, help="a file that train.py left, or Wan 2.1's, or a public .pt, or a "
+                                                   "folder of them (default: the newest student in runs/)")
+    what.add_argument("--part", default="", help="of a .pt with several networks, which (default: the averaged one)")
+    what.add_argument("--size", choices=tuple(SIZES), help="of the network (default: as recorded, or found by shape)")
+    what.add_argument("--prompt", nargs="+", help='each in quotes: "red ball" (default: all of the toy world)')
+    what.add_argument("--prompts", type=Path, metavar="FILE", help="prompts, one a line, in place of --prompt")
+    what.add_argument("--prompt-embeds", type=Path, metavar="FILE", help="prompts already encoded by wan21.py "
+                                                                         "encode-prompts (default: all of them)")
+    what.add_argument("--at", nargs=2, action="append", default=[], metavar=("FRAME", "PROMPT"),
+                      help="go on with another prompt at this frame, or at the next border of chunks")
+    what.add_argument("--image", type=Path, help="a picture to start from: the first frame")
+    what.add_argument("--continue", type=Path, dest="clip", metavar="CLIP", help="a clip to go on from: raw latents of "
+                                                                                "--format latents, or a video")
+    what.add_argument("--samples", type=int, default=1, help="of each prompt (default: 1)")
+    what.add_argument("--seed", type=int, default=0, help="of the noise of the first sample (default: 0)")
+    what.add_argument("--frames", type=int, help="latent frames to make (default: as trained; 24 on the toy)")
+    what.add_argument("--height", type=int, help="of the picture, pixels (default: as trained, 480)")
+    what.add_argument("--width", type=int, help="of the picture, pixels (default: as trained, 832)")
+    how = p.add_argument_group("how")
+    how.add_argument("--steps", type=int, help="denoising steps per chunk (default: 2 for a student of the toy, 4 for "
+                                               "one of Wan, 40 for a teacher, 50 for Wan)")
+    how.add_argument("--first-steps", type=int, help="least steps of the first chunk (default: as trained)")
+    how.add_argument("--chunk", type=int, help="frames per chunk; all --frames for a bidirectional model (default: as "
+                                               "trained)")
+    how.add_argument("--window", type=int, help="frames a frame may see, with itself (default: the length trained on)")
+    how.add_argument("--sink", type=int, default=1, help="of these, the first frames of the clip (default: 1)")
+    how.add_argument("--positions", choices=("relative", "absolute"), default="relative",
+                     help="of frames, counted inside the window or from the start of the clip (default: relative)")
+    how.add_argument("--solver", choices=("cm", "euler"), help="default: cm for a student, euler for a teacher")
+    how.add_argument("--shift", type=float, help="timestep shift (default: as trained)")
+    how.add_argument("--guidance", type=float, help="guidance w (default: 1, none, for a student; as recorded for a "
+                                                    "teacher)")
+    where = p.add_argument_group("where")
+    where.add_argument("--out", type=Path, default=Path("sample.webp"), help="a file, all clips side by side, or a "
+                       "folder, a file per clip; those that are there are left (default: sample.webp)")
+    where.add_argument("--format", choices=tuple(FORMATS), help="of files in a folder (default: mp4, or webp where "
+                                                                "mp4 cannot be written)")
+    where.add_argument("--vbench", action="store_true", help="name files as VBench expects: PROMPT-0.mp4, PROMPT-1.mp4")
+    where.add_argument("--wan", type=Path, help="folder of Wan 2.1's text encoder and VAE (default: that of --weights)")
+    where.add_argument("--preview", action="store_true", help="draw latents without the VAE: small, blurred, at once")
+    where.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    where.add_argument("--text-device", help="cpu, for cards without 11 GB for the text encoder (default: --device)")
+    where.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 for Wan on a GPU, else fp32")
+    where.add_argument("--compile", action="store_true", help="torch.compile the blocks")
+    where.add_argument("--batch", type=int, help="clips at a time (default: 12 of the toy world, 1 of Wan)")
     return p.parse_args(argv)
 
 
-def with_defaults(args, about: dict):
-    """Fill what was not given from the checkpoint's record; warn where what was given departs from it."""
-    if not about.get("size", "toy").startswith("toy"):
-        raise ValueError(f"got a checkpoint of size {about['size']}, expected a toy one: only its latents can be drawn "
-                         "yet: change --checkpoint")
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+
+def trained_for(about: dict) -> dict:
+    """The settings that weights were made for, as they record them or as is usual for their layout."""
+    if about["layout"] != "own":
+        return PUBLIC[about["layout"]]
     if "causal" not in about:
         raise ValueError("got no finished stage's checkpoint, expected a file STAGE.safetensors that train.py left: "
-                         "change --checkpoint")
-    if not about["causal"]:
-        raise ValueError(f"got a checkpoint of stage {about['stage']}, expected an autoregressive one "
-                         "(teacher_forcing, causal_cd, salt, ...): change --checkpoint")
+                         "change --weights")
     student, c = about["few_step"], about["config"]
-    trained = {"steps": 2 if student else 40, "first_steps": c["first_steps"] if student else 1, "chunk": c["chunk"],
-               "solver": about["solver"], "shift": c["shift"], "guidance": 1.0 if student else c["guidance"],
-               "window": c["window"] or c["frames"]}
-    expect = {"solver": "other motion, and at larger scale blur: students are made for cm, teachers for euler",
-              "guidance": "distorted pictures: a student has its teacher's guidance in it already",
-              "chunk": "frames that jump at the borders of chunks",
-              "shift": "errors at times it has not seen", "first_steps": "another first frame, and all that follow"}
-    given = {name: getattr(args, name) for name in trained if getattr(args, name) is not None}
-    for name, value in trained.items():
+    few = 2 if about["size"].startswith("toy") else 4
+    return {"stage": about["stage"], "causal": about["causal"], "few_step": student, "solver": about["solver"],
+            "steps": few if student else 40, "first_steps": c["first_steps"] if student else 1,
+            "guidance": 1.0 if student else c["guidance"], "mixed_steps": c["mixed_steps"],
+            "chunk": c["chunk"] if about["causal"] else c["frames"],
+            **{name: c[name] for name in ("shift", "frames", "window", "height", "width")}}
+
+
+def with_defaults(args, about: dict, toy: bool):
+    """Fill what was not given from the record of the weights; warn where what was given departs from it."""
+    trained = trained_for(about)
+    causal, student = trained["causal"], trained["few_step"]
+    args.batch = args.batch or (len(data.PROMPTS) if toy else 1)
+    args.text_device = args.text_device or args.device
+    args.wan = args.wan or (args.weights if args.weights.is_dir() else args.weights.parent)
+    args.precision = args.precision or ("bf16" if args.device.startswith("cuda") and not toy else "fp32")
+    pixels = 1 if toy else 8  # per latent
+    scale = {"height": trained["height"] * pixels, "width": trained["width"] * pixels}
+    expected = {name: trained[name] for name in ("steps", "first_steps", "chunk", "solver", "shift", "guidance")}
+    expected |= {"window": trained["window"] or trained["frames"]} | scale
+    given = {name: getattr(args, name) for name in expected if getattr(args, name) is not None}
+    for name, value in expected.items():
         setattr(args, name, given.get(name, value))
-    if args.shift <= 0 or args.seed < 0:
-        raise ValueError(f"got --shift {args.shift} and --seed {args.seed}, expected a shift above 0 and a seed of at "
-                         "least 0")
-    if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
-        raise ValueError(f"got --device {args.device}, expected cpu, or cuda where there is a GPU")
-    if args.steps < 1 or args.first_steps < 1:
-        raise ValueError(f"got --steps {args.steps} and --first-steps {args.first_steps}, expected at least 1")
-    if args.out.suffix != ".webp":
-        raise ValueError(f"got --out {args.out}, expected a name that ends in .webp")
-    if args.chunk < 1 or args.frames < 1 or args.frames % args.chunk:
-        raise ValueError(f"got --frames {args.frames} and --chunk {args.chunk}, expected a multiple of the chunk")
+    given_frames = 1 if args.image else 0
+    if args.frames is None:
+        args.frames = 24 if toy and causal else (trained["frames"] - given_frames) // args.chunk * args.chunk
+    if not causal and "chunk" not in given:
+        args.chunk = args.frames
+    if not causal and "window" not in given:
+        args.window = max(args.window, args.frames + args.sink)
+
+    need(args.shift > 0 and args.seed >= 0, args, "shift seed", "a shift above 0 and a seed of at least 0")
+    need(args.device == "cpu" or args.device.startswith("cuda") and torch.cuda.is_available(), args, "device",
+         "cpu, or cuda where there is a GPU")
+    for names in ("steps first_steps", "samples", "batch"):
+        need(all(getattr(args, name) >= 1 for name in names.split()), args, names, "at least 1")
+    need(args.chunk >= 1 and args.frames >= 1 and args.frames % args.chunk == 0, args, "frames chunk",
+         "a multiple of the chunk")
+    need(not (args.image and args.clip), args, "image clip", "one of --image and --continue")
+    need(toy or args.height % 16 == args.width % 16 == 0, args, "height width", "multiples of 16")
+    need(not toy or (args.height, args.width) == (data.SIZE, data.SIZE), args, "height width",
+         f"{data.SIZE} x {data.SIZE}, the size of the toy world")
     check_window(args.window, args.sink, args.chunk)
-    for name in given.keys() & expect.keys():
-        if given[name] != trained[name]:
-            print(f"warning: --{name.replace('_', '-')} {given[name]}, but the checkpoint ({about['stage']}) was "
-                  f"trained for {trained[name]}; expect {expect[name]}", file=sys.stderr)
-    if student and args.steps not in (1, *c["mixed_steps"]):
-        print(f"warning: --steps {args.steps}, but the checkpoint was trained for {c['mixed_steps']}; expect errors "
-              "at the times between", file=sys.stderr)
-    if args.window != trained["window"]:
-        print(f"warning: --window {args.window}, but the checkpoint was trained on {trained['window']} frames; expect "
-              "errors at positions it has never seen, or motion that forgets its past", file=sys.stderr)
+
+    def warn(name, expect, made_for=None):
+        print(f"warning: --{name.replace('_', '-')} {getattr(args, name)}, but the weights ({trained['stage']}) were "
+              f"made for {made_for or expected[name]}; expect {expect}", file=sys.stderr)
+
+    if not causal and args.chunk < args.frames:
+        warn("chunk", "noise: weights that see whole clips cannot go chunk by chunk. Train them for it, or leave out "
+                      "--chunk")
+    elif causal and args.chunk != expected["chunk"]:
+        warn("chunk", "frames that jump at the borders of chunks")
+    for name, expect in {
+            "solver": "other motion, and at larger scale blur: students are made for cm, teachers for euler",
+            "guidance": "distorted pictures: a student has its teacher's guidance in it already",
+            "shift": "errors at times it has not seen", "first_steps": "another first frame, and all that follow",
+            "height": "worse pictures", "width": "worse pictures"}.items():
+        if getattr(args, name) != expected[name]:
+            warn(name, expect)
+    if student and args.steps not in (1, *trained["mixed_steps"]):
+        warn("steps", "errors at the times between", ", ".join(map(str, trained["mixed_steps"])))
     if not student and args.steps < 8:
-        print(f"warning: --steps {args.steps} of a multi-step teacher; expect a blur. Its students do this well",
-              file=sys.stderr)
+        warn("steps", "a blur: this is a multi-step teacher. Its students do this well")
+    if causal and args.window != expected["window"]:
+        warn("window", "errors at positions it has never seen, or motion that forgets its past")
     return args
 
 
-@torch.no_grad()
-def main(args) -> Path:
-    """Write the animated picture; returns its path."""
-    prompts = torch.tensor([data.parse_prompt(prompt) for prompt in args.prompt])
-    checkpoint = args.checkpoint or newest_student()
-    weights, about = read_tensors(checkpoint)
-    args = with_defaults(args, about)
-    config = SIZES[about["size"]]
-    net = load_weights(CausalWan(config), weights, checkpoint).to(args.device).eval()
-    if args.guidance != 1:
-        net = Guided(net, torch.zeros(config.text_len, config.text_dim), args.guidance)
-    grid, first_grid = grids(args.steps, args.shift, args.first_steps)
-    times = [round(t, 4) for t in grid.tolist()]
-    print(f"{checkpoint} ({about['stage']}): {args.steps} steps at t = {times}, first chunk {len(first_grid)} steps, "
-          f"{args.solver}, window {args.window}, sink {args.sink}")
+def need(ok, args, names, expected):
+    if not ok:
+        got = ", ".join(f"--{'continue' if n == 'clip' else n.replace('_', '-')} {getattr(args, n)}"
+                        for n in names.split())
+        raise ValueError(f"got {got}, expected {expected}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What to sample
+
+@dataclass
+class Sample:
+    prompt: str
+    seed: int
+    path: Path | None = None  # its own file, if it has one
+
+
+def samples_of(args, prompts) -> list[Sample]:
+    """All samples that are asked for and are not there yet."""
+    found = [Sample(prompt, args.seed + k) for prompt in prompts for k in range(args.samples)]
+    if args.out.suffix:
+        need(args.out.suffix in (".mp4", ".webp", ".safetensors"), args, "out", "a name that ends in .mp4, .webp or "
+             ".safetensors, or that of a folder, without ending")
+        need(len(found) <= args.batch, args, "out batch", f"a folder for {len(found)} clips, or all in one batch")
+        need(not args.vbench and not args.format, args, "out", "a folder for --vbench or --format")
+        return found
+    need(not args.vbench or args.format in (None, "mp4"), args, "format", "mp4 for --vbench")
+    form = args.format or ("mp4" if args.vbench or ".mp4" in video.formats() else "webp")
+    for i, sample in enumerate(found):
+        words = re.sub(r"\W+", "-", sample.prompt).strip("-")[:60]
+        name = f"{i // args.samples:04d}_{words}_seed{sample.seed}"
+        if args.vbench:
+            name = f"{sample.prompt}-{i % args.samples}"
+            if "/" in name or len(name.encode()) > 250:
+                raise ValueError(f"got the prompt {sample.prompt!r}, expected one that can be the name of a file: "
+                                 "change it, or leave out --vbench")
+        sample.path = args.out / f"{name}{FORMATS[form]}"
+    left = [sample for sample in found if not sample.path.exists()]
+    if len(left) < len(found):
+        print(f"{len(found) - len(left)} of {len(found)} clips are in {args.out} already and stay as they are")
+    return left
+
+
+def prompts_of(args, toy) -> list[str]:
+    need(bool(args.prompt) + bool(args.prompts) < 2, args, "prompt prompts", "one of them")
+    prompts = args.prompt or (data.PROMPTS if toy else [])
+    if args.prompts:
+        prompts = encoders.read_prompts(args.prompts)
+    elif args.prompt_embeds and not args.prompt:
+        prompts = encoders.read_prompt_embeds(args.prompt_embeds)[0]
+    if not prompts:
+        raise ValueError("got no prompt, expected some: give --prompt, --prompts or --prompt-embeds")
+    return prompts
+
+
+def texts_of(args, config, prompts) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The embedding `l d` of each prompt, and of no prompt or the negative prompt, where guidance needs it."""
+    if toy_world(config):
+        texts = {prompt: data.embed([data.parse_prompt(prompt)])[0] for prompt in prompts}
+        return texts, torch.zeros(config.text_len, config.text_dim)
+    null = None
+    if args.prompt_embeds:
+        texts = dict(zip(*encoders.read_prompt_embeds(args.prompt_embeds)))
+        for prompt in prompts:
+            if prompt not in texts:
+                raise ValueError(f"got the prompt {prompt!r}, expected one of the {len(texts)} in "
+                                 f"{args.prompt_embeds}: encode it too, or leave out --prompt-embeds")
+        texts = {prompt: texts[prompt] for prompt in prompts}
+        if args.guidance != 1:
+            null = encoders.read_null(args.prompt_embeds)
+    else:
+        encoder = encoders.load_text_encoder(args.wan, args.text_device)
+        texts = {prompt: encoder.encode([prompt])[0].float().cpu() for prompt in prompts}
+        if args.guidance != 1:
+            null = encoder.encode([encoders.NEGATIVE_PROMPT])[0].float().cpu()
+    padded = {prompt: encoders.pad_text([text], config.text_len)[0] for prompt, text in texts.items()}
+    return padded, null if null is None else encoders.pad_text([null], config.text_len)[0]
+
+
+def given_latents(args, config, vae) -> Tensor | None:
+    """What to start from, `f c h w`: the latent of --image, or those of --continue."""
+    path = args.image or args.clip
+    if path is None:
+        return None
+    if path.suffix == ".safetensors":
+        return clip_in(path, (config.in_dim, *latent_size(args, config)))
+    toy = toy_world(config)
+    frames = torch.from_numpy(video.read(path, frames=1 if args.image else None, height=args.height, width=args.width,
+                                         fps=None if toy or args.image else 16))
+    if toy:
+        return data.from_rgb(rearrange(frames, "f h w c -> f c h w") / 255)
+    if vae is None:
+        raise ValueError(f"got {path} without a VAE, expected latents, or leave out --preview, or change --wan")
+    return encoders.encode(vae, frames[None, : (len(frames) - 1) // 4 * 4 + 1])[0].cpu()
+
+
+def clip_in(path, shape) -> Tensor:
+    clips = [sample["latents"] for sample in data.read_shard(path) if "latents" in sample]
+    if not clips or clips[0].shape[1:] != shape:
+        got = f"latents of {tuple(clips[0].shape)}" if clips else "no latents"
+        raise ValueError(f"got {path} with {got}, expected f frames of {shape}: change --continue, --height or --width")
+    return clips[0]
+
+
+def needs_vae(args, toy) -> bool:
+    latents_only = args.format == "latents" or args.out.suffix == ".safetensors"
+    encodes = args.image or args.clip and args.clip.suffix != ".safetensors"
+    return not toy and not args.preview and bool(encodes or not latents_only)
+
+
+def whole_number(frame: str) -> int:
+    if not frame.isdecimal() or int(frame) < 1:
+        raise ValueError(f"got --at {frame}, expected the number of a frame after the first: change --at, or --prompt")
+    return int(frame)
+
+
+def toy_world(config) -> bool:
+    return config.in_dim == 3
+
+
+def latent_size(args, config) -> tuple[int, int]:
+    return (args.height, args.width) if toy_world(config) else (args.height // 8, args.width // 8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+def decoder(args, config, vae) -> tuple[Callable[[Tensor], Tensor], float]:
+    """A function from the next chunk x0 `b n c h w` to its pictures, bytes `b f h w 3`, for one batch of clips; and
+    their number per second."""
+    if toy_world(config):
+        scale = 8 if args.batch > 2 and args.out.suffix else 20
+        return lambda x0: torch.from_numpy(data.pixels(x0.float(), scale)), 5
+    if args.preview:
+        return encoders.preview, 4  # one picture per latent frame
+    if vae is None:
+        return lambda x0: x0.new_empty(len(x0), 0, 1, 1, 3, dtype=torch.uint8), 16  # only latents are wanted
+    return encoders.StreamDecoder(vae).decode, 16
+
+
+@contextmanager
+def output(path: Path, fps: float, samples: list[Sample], texts: dict[str, Tensor]):
+    """A function that adds the next chunk of some clips, x0 `b n c h w` and pictures `b f h w 3`, to one file: side by
+    side, or as raw latents. If an exception ends the context, what was added is kept, as NAME-unfinished."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.stem}-unfinished{path.suffix}")
+    if unfinished.is_dir():
+        shutil.rmtree(unfinished)
+    if path.suffix == ".safetensors":
+        chunks = []
+        try:
+            yield lambda x0, pictures: chunks.append(x0.float().cpu())
+        finally:
+            clips = zip(samples, torch.cat(chunks, dim=1) if chunks else [])
+            if clips := [{"latents": x, "text": texts[sample.prompt], "caption": sample.prompt} for sample, x in clips]:
+                data.write_shard(unfinished, clips)
+    else:
+        columns = next(n for n in (6, 5, 4, 3, 2, 1) if len(samples) % n == 0)
+        with video.writer(unfinished, fps) as write:
+            yield lambda x0, pictures: write(
+                rearrange(pictures, "(r c) f h w rgb -> f (r h) (c w) rgb", c=columns).cpu().numpy())
+    os.replace(unfinished, path)
+
+
+def sample_batch(args, config, net, vae, given, texts, switches, batch: list[Sample]) -> str:
+    """Generate a batch of clips and write them as they come. Returns how fast that was."""
+    groups = [(sample.path, [sample]) for sample in batch] if batch[0].path else [(args.out, batch)]
+    sizes = [len(group) for _, group in groups]
+    text = [(0, torch.stack([texts[sample.prompt] for sample in batch]).to(args.device))]
+    text += [(frame, texts[prompt].expand(len(batch), -1, -1).to(args.device)) for frame, prompt in switches]
 
     def noise(i, k):
-        shape = (args.chunk, config.in_dim, data.SIZE, data.SIZE)
-        return data.noises(range(len(prompts)), shape, args.seed, i, k).to(args.device)
+        shape = (args.chunk, config.in_dim, *latent_size(args, config))
+        return data.noises([sample.seed for sample in batch], shape, i, k).to(args.device)
 
-    chunks, start, latency = [], time.time(), None
-    cache = net.new_cache(window=args.window, sink=args.sink, relative=True)
-    bar = tqdm(total=args.frames, unit="frame", desc="frames")
-    for chunk in stream(net, noise, data.embed(prompts).to(args.device), grid, chunks=args.frames // args.chunk,
-                        first_grid=first_grid, solver=args.solver, cache=cache):
-        chunks.append(chunk.x0.cpu())
-        latency = latency or time.time() - start
-        bar.update(args.chunk)
-    bar.close()
-    x = torch.cat(chunks, dim=1)
-    if not x.isfinite().all():
-        raise ValueError(f"got non-finite frames from {checkpoint}, expected finite ones: change --checkpoint or "
-                         "--guidance")
-    clips = data.pixels(x, scale=8 if len(prompts) > 2 else 20)
-    columns = next(n for n in (6, 5, 4, 3, 2, 1) if len(clips) % n == 0)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    data.save_webp(args.out, rearrange(clips, "(r c) f h w rgb -> f (r h) (c w) rgb", c=columns))
-    print(f"{args.out}: {len(prompts)} clips of {args.frames} frames, first chunk after {latency:.2f} s, "
-          f"{len(prompts) * args.frames / (time.time() - start):.1f} frames per second")
-    return args.out
+    grid, first_grid = grids(args.steps, args.shift, args.first_steps)
+    cache = net.new_cache(args.window, args.sink, args.positions == "relative")
+    given = None if given is None else given.to(args.device).expand(len(batch), *given.shape)
+    decode, fps = decoder(args, config, vae)
+    frames_given, shown, first = 0 if given is None else given.shape[1], 0, None
+    with ExitStack() as files, tqdm(total=frames_given + args.frames, unit="frame", desc=batch[0].prompt[:30]) as bar:
+        adders = [files.enter_context(output(path, fps, group, texts)) for path, group in groups]
+        start = time.perf_counter()
+        for x0 in story(net, noise, text, grid, chunk=args.chunk, frames=args.frames, given=given, cache=cache,
+                        first_grid=first_grid, solver=args.solver):
+            if not x0.isfinite().all():
+                raise ValueError(f"got non-finite frames from {args.weights}, expected finite ones: change --weights, "
+                                 "--guidance or --precision")
+            pictures = decode(x0)
+            for add, x, pixels in zip(adders, x0.split(sizes), pictures.split(sizes)):
+                add(x, pixels)
+            bar.update(x0.shape[1])
+            seconds = time.perf_counter() - start
+            if first is not None:
+                shown += len(batch) * (pictures.shape[1] or x0.shape[1])
+                bar.set_postfix_str(f"{shown / (seconds - first):.1f} per second")
+            elif bar.n > frames_given:
+                first = seconds
+    then = f", then {shown / (seconds - first):.1f} per second" if shown else ""
+    return f"first after {first:.2f} s{then}"
+
+
+@torch.no_grad()
+def main(args) -> list[Path]:
+    """Write the clips; returns the files."""
+    args.weights = args.weights or newest_student()
+    weights, about = wan21.read_weights(args.weights, args.part)  # mapped, not read yet
+    size = args.size or about.get("size") or wan21.size_of(weights, args.weights)
+    config, toy = SIZES[size], toy_world(SIZES[size])
+    args = with_defaults(args, about, toy)
+    samples = samples_of(args, prompts_of(args, toy))
+    switches = sorted((whole_number(frame), prompt) for frame, prompt in args.at)
+    if not samples:
+        return []
+    texts, null = texts_of(args, config, [sample.prompt for sample in samples] + [prompt for _, prompt in switches])
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    vae = encoders.load_vae(args.wan, args.device, dtype) if needs_vae(args, toy) else None
+    given = given_latents(args, config, vae)
+    net = wan21.load(config, args.weights, args.device, dtype, args.part)[0].eval().requires_grad_(False)
+    if args.compile:
+        net.compile_blocks()
+    if args.guidance != 1:
+        net = Guided(net, null.to(args.device), args.guidance)
+    grid, first_grid = grids(args.steps, args.shift, args.first_steps)
+    print(f"{args.weights} ({trained_for(about)['stage']}): {args.steps} steps at t = "
+          f"{[round(t, 4) for t in grid.tolist()]}, first chunk {len(first_grid)} steps, {args.solver}, window "
+          f"{args.window}, sink {args.sink}")
+    for start in range(0, len(samples), args.batch):
+        batch = samples[start : start + args.batch]
+        speed = sample_batch(args, config, net, vae, given, texts, switches, batch)
+        print(f"{batch[0].path or args.out}: {len(batch)} x {args.frames} frames, {speed}")
+    return [sample.path for sample in samples] if samples[0].path else [args.out]
 
 
 if __name__ == "__main__":
     try:
         main(parse())
-    except ValueError as e:
-        sys.exit(f"ValueError: {e}")
+    except (ValueError, OSError) as e:
+        sys.exit(f"{type(e).__name__}: {e}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the clips that were finished, and the pictures of those under way, are kept")

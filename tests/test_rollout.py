@@ -93,7 +93,8 @@ def test_fused_commit_changes_nothing_but_the_number_of_forwards(tiny, window, s
         guided.append(cache, image, text)
         calls.clear()
         draw = shared_noise(noise, chunk, steps, steps)
-        x0 = [c.x0 for c in stream(guided, draw, text, schedule(steps, 5.0), chunks=chunks, cache=cache, fused=fused)]
+        x0 = [c.x0 for c in stream(guided, draw, text, schedule(steps, 5.0), chunks=chunks, cache=cache, fused=fused,
+                                     commit_last=True)]
         hook.remove()
         return torch.cat(x0, 1), cache, len(calls)
 
@@ -173,7 +174,8 @@ def test_recache_is_a_fresh_run_on_the_same_history(tiny, window, sink, relative
     net, g, f = tiny(), torch.Generator().manual_seed(0), 8
     noise, text = torch.randn(2, 1, f, 3, 4, 6, generator=g), torch.randn(2, 2, 3, 5, generator=g)
     cache, history = net.new_cache(window=window, sink=sink, relative=relative), []
-    for c in stream(net, shared_noise(noise, chunk, 1, 1), text[0], schedule(1, 5.0), chunks=f // chunk, cache=cache):
+    for c in stream(net, shared_noise(noise, chunk, 1, 1), text[0], schedule(1, 5.0), chunks=f // chunk, cache=cache,
+                    commit_last=True):
         history.append((len(history) * chunk, c.x0))
     switched = recache(net, cache, history, text[1])
     assert (switched.frames, switched.next_frame) == (cache.frames, f)
@@ -223,7 +225,7 @@ def test_story_is_the_rollouts_it_is_made_of(tiny, given, window, sink):
             cache = recache(net, cache, history, text[now])
         before = now
         (new,) = stream(net, lambda _, k, i=i: draw(i, k), text[now], grid, chunks=1, cache=cache,
-                        first_grid=first_grid)
+                        first_grid=first_grid, commit_last=True)
         history.append((cache.next_frame - 2, new.x0))
     close(made, torch.cat([x for _, x in history], 1), 1e-5)
     assert made.shape[1] == given + 14 and not (given and (made[:, :given] - clip).any())
@@ -246,7 +248,7 @@ def test_2000_frames_in_constant_memory(tiny, relative):
     def noise(i, k):
         return torch.randn(1, 2, 3, 4, 6, generator=g)
 
-    for i, _ in enumerate(stream(net, noise, text, schedule(1, 5.0), chunks=1000, cache=cache)):
+    for i, _ in enumerate(stream(net, noise, text, schedule(1, 5.0), chunks=1001, cache=cache)):
         if i in (49, 999):
             alive[i] = bytes_alive()
     assert cache.next_frame == 2000 and cache.frames == [0, 1995, 1996, 1997, 1998, 1999]
@@ -307,7 +309,8 @@ def test_stream_is_lazy_and_continues(tiny):
         draw = shared_noise(noise, 1, 1, 2)
         whole = torch.cat([c.x0 for c in stream(net, draw, text, grid, first_grid=first_grid, chunks=4)], 1)
         cache = net.new_cache()
-        first = [c.x0 for c in stream(net, draw, text, grid, first_grid=first_grid, chunks=2, cache=cache)]
+        first = [c.x0 for c in stream(net, draw, text, grid, first_grid=first_grid, chunks=2, cache=cache,
+                                     commit_last=True)]
         rest = [c.x0 for c in stream(net, lambda i, k: draw(i + 2, k), text, grid, first_grid=first_grid, chunks=2,
                                      cache=cache)]
     close(torch.cat(first + rest, 1), whole, 1e-6)

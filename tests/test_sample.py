@@ -1,0 +1,279 @@
+"""Sampling as its users do it, on a tiny Wan of random weights in the files of the release: what comes out is held
+against the same clip computed by hand."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import close
+from PIL import Image
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+from tiny_wan import WIDTH, write_text_encoder, write_vae  # noqa: E402
+
+import data  # noqa: E402
+import encoders  # noqa: E402
+import sample  # noqa: E402
+import wan21  # noqa: E402
+from flowmap import Guided, euler, schedule  # noqa: E402
+from model import SIZES, CausalWan  # noqa: E402
+from rollout import recache, stream  # noqa: E402
+
+FOX, BALL = "a fox runs through the snow", "a red ball , a dog"
+SIZE = ("--height", 64, "--width", 48)
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory):
+    """A folder as Wan2.1-T2V-1.3B, and a public student's .pt beside it. The names of sizes are those of real Wan."""
+    folder, patch = tmp_path_factory.mktemp("Wan2.1-T2V-1.3B"), pytest.MonkeyPatch()
+    config = dataclasses.replace(SIZES["wan1.3b"], dim=48, ffn_dim=64, num_heads=2, num_layers=2, freq_dim=16,
+                                 text_dim=WIDTH, text_len=12)
+    patch.setitem(SIZES, "wan1.3b", config)
+    net = CausalWan(config).init_weights(0)
+    torch.nn.init.normal_(net.head.head.weight, std=0.2)
+    wan21.write_official(folder, net.state_dict(), config)
+    torch.save({"generator_ema": {f"model.{k}": v for k, v in net.state_dict().items()}}, folder / "student.pt")
+    write_text_encoder(folder)
+    write_vae(folder)
+    yield folder
+    patch.undo()
+
+
+@pytest.fixture
+def net(wan):
+    return wan21.load(SIZES["wan1.3b"], wan)[0].eval().requires_grad_(False)
+
+
+def run(*words):
+    return sample.main(sample.parse([str(word) for word in words]))
+
+
+def student(wan, *words):
+    return run("--weights", wan / "student.pt", "--steps", 2, "--first-steps", 2, *SIZE, *words)
+
+
+def text_of(wan, *prompts):
+    encoder = encoders.load_text_encoder(wan)
+    return encoders.pad_text([encoder.encode([prompt])[0].float() for prompt in prompts], 12)
+
+
+def noise_of(seed, frames):
+    return lambda i, k: data.noises([seed], (frames, 16, 8, 6), i, k)
+
+
+def pictures_in(folder):
+    return torch.from_numpy(np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]))
+
+
+def latents_in(path):
+    return data.read_shard(path)[0]["latents"][None]
+
+
+@torch.no_grad()
+def by_hand(net, text, seed, chunks, chunk=3, steps=2, cache=None):
+    grid = schedule(steps, 5.0)
+    return torch.cat([c.x0 for c in stream(net, noise_of(seed, chunk), text, grid, chunks=chunks, cache=cache)], 1)
+
+
+def test_whole_clips_of_wans_own_weights(wan, net, tmp_path, capsys):
+    """Bug: Wan's weights sampled as if they were a student's: chunk by chunk, without guidance, with the CM solver; a
+    negative prompt that is not Wan's. Against Euler steps over the whole clip, and the VAE's own decoding."""
+    (folder,) = run("--size", "wan1.3b", "--weights", wan, "--prompt", FOX, "--steps", 8, "--frames", 3, *SIZE,
+                    "--out", tmp_path / "clips", "--format", "png")
+    text, negative = text_of(wan, FOX, encoders.NEGATIVE_PROMPT).split(1)
+    x, guided, times = noise_of(0, 3)(0, 0), Guided(net, negative[0], 6.0), [*schedule(8, 8.0).tolist(), 0.0]
+    with torch.no_grad():
+        for t, s in zip(times, times[1:]):
+            x = euler(x, guided(x, torch.full((1, 3), t), text), t, s)
+        decoded = encoders.StreamDecoder(encoders.load_vae(wan)).decode(x)[0]
+    pictures = pictures_in(folder)
+    assert pictures.shape == (1 + 4 * 2, 64, 48, 3)
+    assert (pictures.int() - decoded.int()).abs().max() <= 1
+    assert "--steps 8" not in capsys.readouterr().err
+
+
+def test_a_public_student_goes_chunk_by_chunk(wan, net, tmp_path, capsys):
+    """Bug: other defaults for a .pt than those of the public students; pictures that are not those of the latents."""
+    out = tmp_path / "fox.safetensors"
+    assert student(wan, "--prompt", FOX, "--frames", 6, "--seed", 3, "--out", out) == [out]
+    x0 = by_hand(net, text_of(wan, FOX), 3, chunks=2)
+    close(latents_in(out), x0, 1e-5)
+    said = capsys.readouterr()
+    assert "cm, window 21" in said.out and "[1.0, 0.8333]" in said.out
+    assert re.search(r"--steps 2.*were made for 4;", said.err) and "--first-steps" in said.err
+    (folder,) = student(wan, "--prompt", FOX, "--frames", 6, "--seed", 3, "--out", tmp_path / "png", "--format", "png")
+    whole = encoders.StreamDecoder(encoders.load_vae(wan)).decode(latents_in(out))[0]
+    assert torch.equal(pictures_in(folder), whole)
+    (picture,) = student(wan, "--prompt", FOX, "--frames", 6, "--preview", "--out", tmp_path / "fox.webp")
+    with Image.open(picture) as image:
+        assert (image.n_frames, image.size) == (6, (24, 32))  # a picture per latent frame
+
+
+def test_a_sample_depends_on_its_seed_and_prompt_alone(wan, tmp_path):
+    """Bug: noise drawn for a batch, so that another batch size or order of prompts gives other clips; samples of a
+    prompt that are equal."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(f"{FOX}\n\n{BALL}\n")
+    for batch in (1, 3):
+        student(wan, "--prompts", prompts, "--samples", 2, "--frames", 3, "--batch", batch, "--format", "latents",
+                "--out", tmp_path / str(batch), "--seed", 5)
+    names = sorted(path.name for path in (tmp_path / "1").iterdir())
+    assert names == ["0000_a-fox-runs-through-the-snow_seed5.safetensors",
+                     "0000_a-fox-runs-through-the-snow_seed6.safetensors",
+                     "0001_a-red-ball-a-dog_seed5.safetensors", "0001_a-red-ball-a-dog_seed6.safetensors"]
+    alone = {name: latents_in(tmp_path / "1" / name) for name in names}
+    for name in names:
+        close(latents_in(tmp_path / "3" / name), alone[name], 1e-5)
+    student(wan, "--prompt", BALL, "--frames", 3, "--seed", 6, "--out", tmp_path / "ball.safetensors")
+    close(latents_in(tmp_path / "ball.safetensors"), alone[names[3]], 1e-5)
+    first, second = alone[names[0]], alone[names[1]]
+    assert (first - second).abs().max() > 0.1 and (first - alone[names[2]]).abs().max() > 1e-3
+
+
+def test_image_to_video_and_going_on(wan, net, tmp_path):
+    """Bug: a first picture that is noised, not committed, left out of the clip, or decoded apart from what follows; a
+    clip that goes on from other latents or with other noise than said."""
+    rgb = np.random.default_rng(0).integers(0, 255, (64, 48, 3), dtype=np.uint8)
+    Image.fromarray(rgb).save(tmp_path / "fox.png")
+    text, vae = text_of(wan, FOX), encoders.load_vae(wan)
+    clip = tmp_path / "clip.safetensors"
+    words = ("--prompt", FOX, "--frames", 6, "--image", tmp_path / "fox.png")
+    student(wan, *words, "--out", clip)
+    latent = encoders.encode(vae, torch.from_numpy(rgb)[None, None])
+    with torch.no_grad():
+        cache = net.new_cache()
+        net.append(cache, latent, text)
+        want = torch.cat([latent, by_hand(net, text, 0, 2, cache=cache)], 1)
+    close(latents_in(clip), want, 1e-5)
+    (folder,) = student(wan, *words, "--out", tmp_path / "png", "--format", "png")
+    assert torch.equal(pictures_in(folder), encoders.StreamDecoder(vae).decode(latents_in(clip))[0])
+
+    longer = tmp_path / "longer.safetensors"
+    student(wan, "--prompt", FOX, "--frames", 3, "--continue", clip, "--seed", 9, "--out", longer)
+    with torch.no_grad():
+        cache = net.new_cache()
+        for piece in want.split([1, 3, 3], 1):
+            net.append(cache, piece, text)
+        want = torch.cat([want, by_hand(net, text, 9, 1, cache=cache)], 1)
+    close(latents_in(longer), want, 1e-4)
+    student(wan, "--prompt", FOX, "--frames", 3, "--continue", folder, "--out", longer)  # from its pictures
+    assert latents_in(longer).shape[1] == 7 + 3
+
+
+def test_another_prompt_on_the_way_in_a_sliding_window(wan, net, tmp_path):
+    """Bug: --at, --window, --sink or --positions that do not reach the rollout."""
+    made = {}
+    for name in ("relative", "absolute"):
+        out = tmp_path / f"{name}.safetensors"
+        student(wan, "--prompt", FOX, "--at", 10, BALL, "--frames", 18, "--window", 9, "--sink", 2, "--positions", name,
+                "--out", out)
+        made[name] = latents_in(out)
+        texts, cache, history = text_of(wan, FOX, BALL).split(1), net.new_cache(9, 2, name == "relative"), []
+        grid = schedule(2, 5.0)
+        with torch.no_grad():
+            for i in range(6):  # the border at or after frame 10 is 12
+                if i == 4:
+                    cache = recache(net, cache, history, texts[1])
+                (new,) = stream(net, lambda _, k, i=i: noise_of(0, 3)(i, k), texts[i >= 4], grid, chunks=1, cache=cache,
+                                commit_last=True)
+                history.append((3 * i, new.x0))
+        close(made[name], torch.cat([x for _, x in history], 1), 1e-4)
+    assert (made["relative"] - made["absolute"])[:, 9:].abs().max() > 1e-3
+
+
+def test_prompt_embeds_need_no_text_encoder(wan, tmp_path):
+    """Bug: an embedding cut, padded or rounded otherwise, or that of another prompt."""
+    (tmp_path / "prompts.txt").write_text(f"{BALL}\n{FOX}\n")
+    embeds = tmp_path / "embeds" / "0.safetensors"
+    encoders.encode_prompts(tmp_path / "prompts.txt", embeds, wan)
+    for i, words in enumerate([("--guidance", 2.0), ("--guidance", 2.0, "--prompt-embeds", embeds, "--wan", tmp_path)]):
+        student(wan, "--prompt", FOX, "--frames", 3, *words, "--out", tmp_path / f"{i}.safetensors")
+    close(latents_in(tmp_path / "1.safetensors"), latents_in(tmp_path / "0.safetensors"), 1e-5)
+    files = student(wan, "--prompt-embeds", embeds, "--frames", 3, "--format", "latents", "--out", tmp_path / "all")
+    assert [data.read_shard(path)[0]["caption"] for path in files] == [BALL, FOX]
+    with pytest.raises(ValueError, match="got the prompt 'a dog', expected one of the 2.*--prompt-embeds"):
+        student(wan, "--prompt", "a dog", "--prompt-embeds", embeds)
+
+
+def test_vbench_names_and_going_on_after_a_stop(wan, tmp_path, monkeypatch):
+    """Bug: names that VBench does not find; a stop that loses finished clips or leaves a half one under its name; a
+    second run that makes again what is there."""
+    words = ("--prompt", FOX, BALL, "--samples", 2, "--frames", 6, "--vbench", "--out", tmp_path / "videos")
+    real, calls = CausalWan.forward, []
+
+    def stopped(*args, **how):
+        calls.append(1)
+        if len(calls) == 4 + 4 + 3:  # in the third clip's second chunk: a chunk is two forwards
+            raise KeyboardInterrupt
+        return real(*args, **how)
+
+    monkeypatch.setattr(CausalWan, "forward", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        student(wan, *words, "--preview")
+    names = [f"{prompt}-{i}" for prompt in (FOX, BALL) for i in (0, 1)]
+    there = {path.name: path.read_bytes() for path in (tmp_path / "videos").iterdir()}
+    assert set(there) == {f"{names[0]}.mp4", f"{names[1]}.mp4", f"{names[2]}-unfinished.mp4"}
+    monkeypatch.setattr(CausalWan, "forward", real)
+    assert len(student(wan, *words, "--preview")) == 2
+    assert {path.name for path in (tmp_path / "videos").iterdir()} == {f"{name}.mp4" for name in names}
+    for name in names[:2]:
+        assert (tmp_path / "videos" / f"{name}.mp4").read_bytes() == there[f"{name}.mp4"]
+    assert student(wan, *words, "--preview") == []
+
+
+@pytest.mark.parametrize("words, message", [
+    (("--prompt", FOX, "--chunk", 3, "--frames", 6), "--chunk 3.*made for 21;.*noise"),
+    (("--prompt", FOX, "--frames", 3, "--solver", "cm"), "--solver cm.*made for euler"),
+    (("--prompt", FOX, "--frames", 3, "--guidance", 1), "--guidance 1.*made for 6.0"),
+    (("--prompt", FOX, "--frames", 3, "--steps", 2), "--steps 2.*multi-step teacher"),
+])
+def test_a_mismatch_is_a_warning_that_says_what_to_expect(wan, tmp_path, capsys, words, message):
+    """Bug: somebody's blur or noise without a word of why."""
+    run("--weights", wan, "--steps", 8, *SIZE, *words, "--preview", "--out", tmp_path / "x.webp")
+    assert re.search(f"warning: {message}", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("words, message", [
+    ((), "got no prompt, expected some: give --prompt"),
+    (("--prompt", FOX, "--prompts", "x.txt"), "--prompt .*--prompts x.txt, expected one of them"),
+    (("--prompts", "none.txt"), "got no readable none.txt"),
+    (("--prompt", FOX, "--out", "x.gif"), "--out x.gif, expected a name that ends in"),
+    (("--prompt", FOX, BALL), "--out sample.webp, --batch 1, expected a folder for 2 clips"),
+    (("--prompt", FOX, "--vbench"), "--out sample.webp, expected a folder"),
+    (("--prompt", FOX, "--vbench", "--out", "x", "--format", "png"), "--format png, expected mp4"),
+    (("--prompt", f"{FOX} / {BALL}", "--vbench", "--out", "x"), "the name of a file"),
+    (("--prompt", FOX, "--at", "0", BALL), "got --at 0, expected"),
+    (("--prompt", FOX, "--at", "x", BALL), "got --at x, expected"),
+    (("--prompt", FOX, "--frames", 4), "--frames 4, --chunk 3, expected a multiple"),
+    (("--prompt", FOX, "--height", 20), "--height 20.*multiples of 16"),
+    (("--prompt", FOX, "--window", 2), "--window at least"),
+    (("--prompt", FOX, "--samples", 0), "--samples 0, expected at least 1"),
+    (("--prompt", FOX, "--image", "a", "--continue", "b"), "one of --image and --continue"),
+    (("--prompt", FOX, "--wan", "nowhere"), "nowhere.*--wan"),
+    (("--prompt", FOX, "--continue", "none.safetensors"), "got no readable none.safetensors"),
+    (("--prompt", FOX, "--image", "none.png"), "none.png"),
+    (("--prompt", FOX, "--weights", "none.pt"), "got no file none.pt"),
+    (("--prompt", FOX, "--part", "critic"), "critic.*--part"),
+    (("--prompt", FOX, "--size", "wan14b"), "change --size to wan1.3b"),
+    (("--prompt", FOX, "--device", "tpu"), "--device tpu"),
+])
+def test_bad_input_is_named(wan, tmp_path, monkeypatch, words, message):
+    """Bug: a traceback from deep inside, or an error after the hour that it took to get there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(CausalWan, "forward", None)  # nothing may be sampled before
+    with pytest.raises(ValueError, match=message):
+        student(wan, *words)
+
+
+def test_clips_to_go_on_from_must_fit(wan, tmp_path):
+    """Bug: latents of another size or of nothing that fail inside the network."""
+    path = tmp_path / "clip.safetensors"
+    for sample_ in ({"latents": torch.zeros(3, 16, 4, 4)}, {}):
+        data.write_shard(path, [{"text": torch.zeros(1, 4), "caption": "a", **sample_}])
+        with pytest.raises(ValueError, match="clip.safetensors with .*expected.*16, 8, 6.*--continue"):
+            student(wan, "--prompt", FOX, "--continue", path)
