@@ -140,7 +140,8 @@ def with_defaults(args, about: dict, toy: bool):
     """Fill what was not given from the record of the weights; warn where what was given departs from it."""
     trained = trained_for(about)
     causal, student = trained["causal"], trained["few_step"]
-    args.batch = args.batch or (len(data.PROMPTS) if toy else 1)
+    if args.batch is None:
+        args.batch = len(data.PROMPTS) if toy else 1
     args.text_device = args.text_device or args.device
     args.wan = args.wan or (args.weights if args.weights.is_dir() else args.weights.parent)
     args.precision = args.precision or ("bf16" if args.device.startswith("cuda") and not toy else "fp32")
@@ -173,11 +174,12 @@ def with_defaults(args, about: dict, toy: bool):
     check_window(args.window, args.sink, args.chunk)
 
     def warn(name, expect, made_for=None):
-        print(f"warning: --{name.replace('_', '-')} {getattr(args, name)}, but the weights ({trained['stage']}) were "
-              f"made for {made_for or expected[name]}; expect {expect}", file=sys.stderr)
+        made = "were made" if about["layout"] == "own" else "are made as a rule"
+        print(f"warning: --{name.replace('_', '-')} {getattr(args, name)}, but the weights ({trained['stage']}) {made} "
+              f"for {made_for or expected[name]}; else expect {expect}", file=sys.stderr)
 
     if not causal and args.chunk < args.frames:
-        warn("chunk", "noise: weights that see whole clips cannot go chunk by chunk. Train them for it, or leave out "
+        warn("chunk", "noise: weights that see whole clips cannot go chunk by chunk. Train them for that, or leave out "
                       "--chunk")
     elif causal and args.chunk != expected["chunk"]:
         warn("chunk", "frames that jump at the borders of chunks")

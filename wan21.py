@@ -395,7 +395,8 @@ def record(out, size, stage, flags) -> dict:
             "causal": made.causal, "few_step": made.few_step, "solver": made.solver, "saved": time.time()}
 
 
-def main(argv=None) -> None:
+def parse(argv=None) -> tuple[argparse.Namespace, list[str]]:
+    """The command line; and what is left of it for train.py, after `convert`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -418,6 +419,11 @@ def main(argv=None) -> None:
     args, flags = parser.parse_known_args(argv)
     if flags and args.command != "convert":
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    return args, flags
+
+
+def main(argv=None) -> None:
+    args, flags = parse(argv)
     if args.command == "convert":
         convert(args.src, args.out, args.layout, args.size, args.stage, args.part, args.dtype, flags)
     elif args.command == "encode-prompts":

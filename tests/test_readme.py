@@ -3,11 +3,13 @@
 import doctest
 import importlib
 import re
+import shlex
 
 from conftest import ROOT
 
 import sample
 import train
+import wan21
 
 README = (ROOT / "README.md").read_text()
 TORCHRUN = {"--nproc_per_node", "--nnodes", "--max-restarts", "--rdzv-backend", "--rdzv-endpoint"}
@@ -68,12 +70,18 @@ def test_every_flag_exists():
     """Bug: a command of the README that the command line refuses."""
     help_of = {f"--{f.replace('_', '-')}" for f in train.Config.__dataclass_fields__}
     for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README)):
-        assert flag in help_of | TORCHRUN or f'"{flag}"' in (ROOT / "sample.py").read_text() or flag == "--help", flag
+        others = "".join((ROOT / f"{name}.py").read_text() for name in ("sample", "wan21", "prepare"))
+        assert flag in help_of | TORCHRUN or f'"{flag}"' in others or flag == "--help", flag
     commands = re.findall(r"^(?:python|torchrun .*?) train\.py *(.*?) *(?:#.*)?$", README, re.M)
     assert any("--plan" in command for command in commands)
     for command in commands:
         train.check(train.parse(command.split()))
-    assert sample.parse(["--steps", "2"]).steps == 2
+    samples, wans = (re.findall(rf"^python {name}\.py *(.*?) *(?:#.*)?$", README, re.M) for name in ("sample", "wan21"))
+    assert len(samples) > 4 and {words.split()[0] for words in wans} == {"convert", "encode-prompts", "prepare"}
+    for words in samples:
+        sample.parse(shlex.split(words))
+    for words in wans:
+        wan21.parse(shlex.split(words))
 
 
 def test_examples_give_what_they_show():

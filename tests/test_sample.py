@@ -105,7 +105,7 @@ def test_a_public_student_goes_chunk_by_chunk(wan, net, tmp_path, capsys):
     close(latents_in(out), x0, 1e-5)
     said = capsys.readouterr()
     assert "cm, window 21" in said.out and "[1.0, 0.8333]" in said.out
-    assert re.search(r"--steps 2.*were made for 4;", said.err) and "--first-steps" in said.err
+    assert re.search(r"--steps 2.*a public student.*rule for 4;", said.err) and "--first-steps" in said.err
     (folder,) = student(wan, "--prompt", FOX, "--frames", 6, "--seed", 3, "--out", tmp_path / "png", "--format", "png")
     whole = encoders.StreamDecoder(encoders.load_vae(wan)).decode(latents_in(out))[0]
     assert torch.equal(pictures_in(folder), whole)
@@ -227,9 +227,9 @@ def test_vbench_names_and_going_on_after_a_stop(wan, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("words, message", [
-    (("--prompt", FOX, "--chunk", 3, "--frames", 6), "--chunk 3.*made for 21;.*noise"),
-    (("--prompt", FOX, "--frames", 3, "--solver", "cm"), "--solver cm.*made for euler"),
-    (("--prompt", FOX, "--frames", 3, "--guidance", 1), "--guidance 1.*made for 6.0"),
+    (("--prompt", FOX, "--chunk", 3, "--frames", 6), "--chunk 3.*made as a rule for 21; else expect noise"),
+    (("--prompt", FOX, "--frames", 3, "--solver", "cm"), "--solver cm.*rule for euler"),
+    (("--prompt", FOX, "--frames", 3, "--guidance", 1), "--guidance 1.*rule for 6.0"),
     (("--prompt", FOX, "--frames", 3, "--steps", 2), "--steps 2.*multi-step teacher"),
 ])
 def test_a_mismatch_is_a_warning_that_says_what_to_expect(wan, tmp_path, capsys, words, message):
@@ -253,6 +253,7 @@ def test_a_mismatch_is_a_warning_that_says_what_to_expect(wan, tmp_path, capsys,
     (("--prompt", FOX, "--height", 20), "--height 20.*multiples of 16"),
     (("--prompt", FOX, "--window", 2), "--window at least"),
     (("--prompt", FOX, "--samples", 0), "--samples 0, expected at least 1"),
+    (("--prompt", FOX, "--batch", 0), "--batch 0, expected at least 1"),
     (("--prompt", FOX, "--image", "a", "--continue", "b"), "one of --image and --continue"),
     (("--prompt", FOX, "--wan", "nowhere"), "nowhere.*--wan"),
     (("--prompt", FOX, "--continue", "none.safetensors"), "got no readable none.safetensors"),
