@@ -37,7 +37,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -107,16 +107,16 @@ def rope_angles(frames: Tensor, h: int, w: int, dh: int) -> Tensor:
     frames: frame positions `f`, any integers. Of the dh/2 rotated pairs, the first dh/2 - 2 (dh//6) turn with the
     frame, the next dh//6 with the row, the last dh//6 with the column. Returns float64 `(f h w) dh/2`.
     """
-    third = dh // 6
+    third, count = dh // 6, partial(torch.arange, dtype=torch.float64, device=frames.device)
 
     def angles(position, pairs):
-        return torch.outer(position.double(), torch.pow(10000, -torch.arange(pairs, dtype=torch.float64) / pairs))
+        return torch.outer(position.double(), torch.pow(10000, -count(pairs) / pairs))
 
     f = len(frames)
     grid = torch.cat([
         angles(frames, dh // 2 - 2 * third)[:, None, None].expand(f, h, w, -1),
-        angles(torch.arange(h), third)[None, :, None].expand(f, h, w, -1),
-        angles(torch.arange(w), third)[None, None, :].expand(f, h, w, -1),
+        angles(count(h), third)[None, :, None].expand(f, h, w, -1),
+        angles(count(w), third)[None, None, :].expand(f, h, w, -1),
     ], dim=-1)
     return rearrange(grid, "f h w p -> (f h w) p")
 
@@ -124,8 +124,8 @@ def rope_angles(frames: Tensor, h: int, w: int, dh: int) -> Tensor:
 @lru_cache(maxsize=16)  # the steps of a chunk, and the chunks of the next rollout, ask for the same tables
 def rope_tables(frames: tuple[int, ...], h: int, w: int, dh: int, device) -> tuple[Tensor, Tensor]:
     """cos and sin of rope_angles, float32 `(f h w) 1 dh/2`, on a device."""
-    angles = rope_angles(torch.tensor(frames), h, w, dh)[:, None]
-    return angles.cos().float().to(device), angles.sin().float().to(device)
+    angles = rope_angles(torch.tensor(frames, device=device), h, w, dh)[:, None]
+    return angles.cos().float(), angles.sin().float()
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

@@ -136,7 +136,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
         found = [folder / name for name in names if (folder / name).is_file()]
         if not found:
             raise ValueError(f"got {path} without any of {', '.join(names)}, expected the weights of Wan 2.1 there: "
-                             "change the path, or name the file")
+                             "change --weights, or the path, or name the file")
         path = found[0]
     if path.suffix == ".json":
         return read_index(path), {}
@@ -150,7 +150,7 @@ def read_index(path: Path) -> dict[str, Tensor]:
         files = sorted(set(where.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"got a missing or damaged index {path} ({type(e).__name__}: {e}), expected JSON with a "
-                         "weight_map of tensor names to files: download it again, or change the path") from e
+                         "weight_map of tensor names to files: download it again, or change --weights") from e
     shards = {file: mapped(path.with_name(file))[0] for file in files}
     for name, file in where.items():
         if name not in shards[file]:
@@ -162,8 +162,8 @@ def read_index(path: Path) -> dict[str, Tensor]:
 def mapped(path: Path) -> tuple[dict[str, Tensor], dict]:
     """The tensors of one safetensors file, as views of it, and `about` of its header, if the project wrote it."""
     if not path.is_file():
-        raise ValueError(f"got no file {path}, expected weights there (.safetensors, .pt, or their folder): change the "
-                         "path, or download what is missing")
+        raise ValueError(f"got no file {path}, expected weights there (.safetensors, .pt, or their folder): change "
+                         "--weights, or download what is missing")
     try:
         with safe_open(path, "pt") as f:
             about = json.loads((f.metadata() or {}).get("about", "{}"))
@@ -176,7 +176,7 @@ def mapped(path: Path) -> tuple[dict[str, Tensor], dict]:
 def read_pickled(path: Path, part: str) -> tuple[dict[str, Tensor], str]:
     """The tensors of a file of torch.save as they are named there, and the part of the file they were taken from."""
     if not path.is_file():
-        raise ValueError(f"got no file {path}, expected a .pt checkpoint: change the path")
+        raise ValueError(f"got no file {path}, expected a .pt checkpoint: change --weights, or the path")
     with open(path, "rb") as f:
         is_zip = f.read(4) == b"PK\3\4"  # what torch.save writes since 1.6; the older kind cannot be mapped
     try:

@@ -8,6 +8,7 @@ from worlds import normals
 
 import baselines
 import evaluate
+import model
 import stages
 import train
 from causal_cd import pcm_loss, rcm_loss, trajectory
@@ -455,11 +456,16 @@ def test_mixed_sc_is_salt_without_alignment(trained):
 
 def test_window_and_sink_in_training(trained, monkeypatch):
     """Bug: a training rollout that ignores the window, or drops the sink (LongLive)."""
-    shown = []
-    seen_by = stages.CausalWan.new_cache.__globals__["Cache"].seen_by
-    monkeypatch.setattr("model.Cache.seen_by", lambda self, n: (shown.append(r := seen_by(self, n)), r)[1])
+    shown, seen_by = set(), model.Cache.seen_by
+
+    def recorded(cache, *chunks):
+        sights = seen_by(cache, *chunks)
+        shown.update(tuple(cache.positions(1)[i] for i in sight) for sight in sights)
+        return sights
+
+    monkeypatch.setattr(model.Cache, "seen_by", recorded)
     begin(trained, "salt", window=3, sink=1).update(0)
-    assert {tuple(frames) for _, _, frames in shown} == {(), (0,), (0, 1), (0, 2)}
+    assert shown == {(0,), (0, 1), (0, 1, 2), (0, 2, 3)}
 
 
 def test_chunk_wise(tmp_path, calls):
