@@ -37,7 +37,10 @@ def schedule(steps: int, shift: float) -> Tensor:
 
 def like(t, x: Tensor) -> Tensor:
     """t as a float tensor that broadcasts against x: its axes are the leading axes of x."""
-    t = torch.as_tensor(t, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if not isinstance(t, Tensor):
+        return torch.full((), t, dtype=dtype, device=x.device)  # as_tensor would wait for the GPU
+    t = t.to(x.device, dtype)
     return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
 
 

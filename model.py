@@ -121,18 +121,18 @@ def rope_angles(frames: Tensor, h: int, w: int, dh: int) -> Tensor:
     return rearrange(grid, "f h w p -> (f h w) p")
 
 
-@lru_cache(maxsize=16)  # the steps of a chunk, and the chunks of the next rollout, ask for the same tables
-def rope_tables(frames: tuple[int, ...], h: int, w: int, dh: int, device) -> tuple[Tensor, Tensor]:
-    """cos and sin of rope_angles, float32 `(f h w) 1 dh/2`, on a device."""
+@lru_cache(maxsize=16)  # the steps of a chunk, and the chunks of the next rollout, ask for the same table
+def rope_table(frames: tuple[int, ...], h: int, w: int, dh: int, device) -> Tensor:
+    """exp(i angle) of rope_angles, complex64 `(f h w) 1 dh/2`, on a device."""
     angles = rope_angles(torch.tensor(frames, device=device), h, w, dh)[:, None]
-    return angles.cos().float(), angles.sin().float()
+    return torch.complex(angles.cos().float(), angles.sin().float())
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary position embedding: turn each pair of neighbouring channels of x `b n nh dh` by its angle."""
-    cos, sin = rope  # (n 1 dh/2)
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotary position embedding: turn each pair of neighbouring channels of x `b n nh dh`, a complex number, by its
+    angle. rope: exp(i angle), `n 1 dh/2`."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -388,7 +388,7 @@ class CausalWan(nn.Module):
     # -- the layouts -------------------------------------------------------------------------------------------------
 
     def _rope(self, frames, h, w, device):
-        return rope_tables(tuple(frames), h, w, self.config.dim // self.config.num_heads, device)
+        return rope_table(tuple(frames), h, w, self.config.dim // self.config.num_heads, device)
 
     def _bidirectional(self, f, h, w, device):
         rope = self._rope(range(f), h, w, device)
@@ -429,10 +429,9 @@ class CausalWan(nn.Module):
 
         def attend(layer, q, k, v):
             out, ks, vs = [], past(keys[layer], k), past(values[layer], v)
-            for own, sight, (cos, sin) in zip(q.split(tokens, dim=1), sights, ropes):
+            for own, sight, rope in zip(q.split(tokens, dim=1), sights, ropes):
                 k, v = (torch.cat([z[i] for i in sight], dim=1) for z in (ks, vs))
-                n = own.shape[1]
-                out.append(attention(rotate(own, (cos[-n:], sin[-n:])), rotate(k, (cos, sin)), v))
+                out.append(attention(rotate(own, rope[-own.shape[1]:]), rotate(k, rope), v))
             return torch.cat(out, dim=1)
 
         return attend

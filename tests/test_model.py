@@ -58,7 +58,7 @@ def test_positions_and_times(golden):
     g = golden("G_")
     for frames, want in ((range(2), "rope128_out"), (range(5, 7), "rope128_out_start_frame5")):
         angles = rope_angles(torch.as_tensor(frames), 3, 4, 128)[:, None]
-        close(rotate(g["rope128_in"], (angles.cos().float(), angles.sin().float())), g[want])
+        close(rotate(g["rope128_in"], torch.polar(torch.ones_like(angles), angles).to(torch.complex64)), g[want])
     close(sinusoid(g["sinus_t"].double() / 1000, 256), g["sinus_256"])
 
 
