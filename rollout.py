@@ -99,9 +99,10 @@ def recache(net, cache, history: list[tuple[int, Tensor]], text: Tensor):
     fresh = net.new_cache(cache.window, cache.sink, cache.relative)
     for first, x0 in history:
         kept = [i for i in range(x0.shape[1]) if first + i in cache.frames]
-        if kept:
-            fresh.next_frame = first + kept[0]
-            net.append(fresh, x0[:, kept], text)
+        for start in [i for i in kept if i - 1 not in kept]:  # of each run of neighbours: a window may cut one out
+            end = next(i for i in range(start, x0.shape[1] + 1) if i not in kept)
+            fresh.next_frame = first + start
+            net.append(fresh, x0[:, start:end], text)
     if fresh.frames != cache.frames:
         raise ValueError(f"got a history without frames {sorted(set(cache.frames) - set(fresh.frames))}, expected all "
                          f"that the cache holds: {cache.frames}")
@@ -116,10 +117,11 @@ def story(net, noise: Callable[[int, int], Tensor], texts: list[tuple[int, Tenso
     texts: (frame, `b l d`), from which frame on which text, the first from 0; the change is made, with a recache, at
     the first border of chunks from there on. frames: how many to make, a multiple of chunk. given: `b f c h w`, clean
     latents to start from, a picture or a clip; if f is no multiple of chunk, the first piece is the shorter one. cache:
-    an empty one with the window wanted. noise(i, k), how: as for `stream`.
+    an empty one with the window wanted. noise(i, k), how: as for `stream`; i counts the given pieces too, so a clip of
+    whole chunks goes on as if it had never stopped.
     """
     cache = net.new_cache() if cache is None else cache
-    history, made, done = [], 0, 0  # chunks with the positions of their first frames; chunks made; frames there are
+    history, made, done = [], 0, 0  # chunks with the positions of their first frames; how many; frames there are
 
     def remember(x0):
         nonlocal history, done
@@ -132,6 +134,7 @@ def story(net, noise: Callable[[int, int], Tensor], texts: list[tuple[int, Tenso
         pieces = [given.shape[1] % chunk] + [chunk] * (given.shape[1] // chunk)
         for piece in given.split([n for n in pieces if n], dim=1):
             net.append(cache, piece, texts[0][1])
+            made += 1
             yield remember(piece)
     end = done + frames
     for (start, text), until in zip(texts, [*(frame for frame, _ in texts[1:]), end]):

@@ -5,11 +5,12 @@
     python sample.py --weights runs/toy/teacher_forcing.safetensors --steps 40 --solver euler
     python sample.py --size wan1.3b --weights Wan2.1-T2V-1.3B --prompt "a red fox runs through snow"
     python sample.py --weights student.pt --wan Wan2.1-T2V-1.3B --prompt "a red fox" --image fox.png --out fox.mp4
-    python sample.py --weights student.pt --prompt-embeds prompts.safetensors --samples 5 --vbench --out videos
+    python sample.py --weights student.pt --wan Wan2.1-T2V-1.3B --prompt-embeds prompts.safetensors --out videos
 
 --weights takes every layout that wan21.py reads. Steps, solver, chunk, window and shift default to what a checkpoint of
 train.py was trained for; Wan's own weights to whole clips in 50 guided steps, as Wan samples them; public .pt files to
-few-step students, chunk by chunk. What departs from that is a warning that says what to expect.
+few-step students, chunk by chunk (if yours is none of these, `python wan21.py convert --stage ...` records what it is).
+What departs from that is a warning that says what to expect.
 
 Frames are latent frames: pictures of the toy world; of Wan, n latent frames are 1 + 4 (n - 1) pictures. Clips longer
 than those of training slide a window over the past: the first --sink frames and the last ones up to --window frames in
@@ -44,13 +45,13 @@ from flowmap import Guided
 from model import SIZES, about_of, check_window
 from rollout import grids, story
 
-# What weights that record nothing were made for. Wan's own: README of Wan2.1, for T2V-1.3B (but UniPC there); public
-# students: Self Forcing's and Causal Forcing's configurations.
-WAN = dict(stage="Wan 2.1", causal=False, few_step=False, solver="euler", steps=50, first_steps=1, chunk=21,
-           shift=8.0, guidance=6.0, frames=21, mixed_steps=(), window=0, height=60, width=104)
-PUBLIC = {"official": WAN, "diffusers": WAN,
-          "pt": WAN | dict(stage="a public student", causal=True, few_step=True, solver="cm", steps=4, first_steps=4,
-                           chunk=3, shift=5.0, guidance=1.0, mixed_steps=(4,))}
+# What weights that record nothing are made for. Wan's own: generate.py of Wan2.1, and its README for the 1.3B model
+# (but UniPC there); public students: Self Forcing's and Causal Forcing's configurations.
+WAN = dict(stage="Wan 2.1", causal=False, few_step=False, solver="euler", steps=50, first_steps=1, chunk=21, shift=5.0,
+           guidance=5.0, frames=21, mixed_steps=(), window=0, sink=1, height=60, width=104)
+WAN_SMALL = WAN | dict(shift=8.0, guidance=6.0)
+STUDENT = WAN | dict(stage="a public student", causal=True, few_step=True, solver="cm", steps=4, first_steps=4, chunk=3,
+                     guidance=1.0, mixed_steps=(4,))
 FORMATS = {"mp4": ".mp4", "webp": ".webp", "png": "", "latents": ".safetensors"}  # and their endings
 
 
@@ -79,6 +80,7 @@ def parse(argv=None):
                                                                          "encode-prompts (default: all of them)")
     what.add_argument("--at", nargs=2, action="append", default=[], metavar=("FRAME", "PROMPT"),
                       help="go on with another prompt at this frame, or at the next border of chunks")
+    what.add_argument("--negative-prompt", help="what guidance leads away from (default: Wan's)")
     what.add_argument("--image", type=Path, help="a picture to start from: the first frame")
     what.add_argument("--continue", type=Path, dest="clip", metavar="CLIP", help="a clip to go on from: raw latents of "
                                                                                 "--format latents, or a video")
@@ -94,7 +96,7 @@ def parse(argv=None):
     how.add_argument("--chunk", type=int, help="frames per chunk; all --frames for a bidirectional model (default: as "
                                                "trained)")
     how.add_argument("--window", type=int, help="frames a frame may see, with itself (default: the length trained on)")
-    how.add_argument("--sink", type=int, default=1, help="of these, the first frames of the clip (default: 1)")
+    how.add_argument("--sink", type=int, help="of these, the first frames of the clip (default: as trained, or 1)")
     how.add_argument("--positions", choices=("relative", "absolute"), default="relative",
                      help="of frames, counted inside the window or from the start of the clip (default: relative)")
     how.add_argument("--solver", choices=("cm", "euler"), help="default: cm for a student, euler for a teacher")
@@ -102,8 +104,8 @@ def parse(argv=None):
     how.add_argument("--guidance", type=float, help="guidance w (default: 1, none, for a student; as recorded for a "
                                                     "teacher)")
     where = p.add_argument_group("where")
-    where.add_argument("--out", type=Path, default=Path("sample.webp"), help="a file, all clips side by side, or a "
-                       "folder, a file per clip; those that are there are left (default: sample.webp)")
+    where.add_argument("--out", type=Path, help="a file, all clips side by side, or a folder, a file per clip; those "
+                       "that are there are left (default: sample.webp, of Wan sample.mp4)")
     where.add_argument("--format", choices=tuple(FORMATS), help="of files in a folder (default: mp4, or webp where "
                                                                 "mp4 cannot be written)")
     where.add_argument("--vbench", action="store_true", help="name files as VBench expects: PROMPT-0.mp4, PROMPT-1.mp4")
@@ -111,7 +113,8 @@ def parse(argv=None):
     where.add_argument("--preview", action="store_true", help="draw latents without the VAE: small, blurred, at once")
     where.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     where.add_argument("--text-device", help="cpu, for cards without 11 GB for the text encoder (default: --device)")
-    where.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 for Wan on a GPU, else fp32")
+    where.add_argument("--precision", choices=("fp32", "bf16"), help="of network and VAE (default: bf16 for Wan on a "
+                                                                        "GPU, else fp32)")
     where.add_argument("--compile", action="store_true", help="torch.compile the blocks")
     where.add_argument("--batch", type=int, help="clips at a time (default: 12 of the toy world, 1 of Wan)")
     return p.parse_args(argv)
@@ -120,49 +123,53 @@ def parse(argv=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings
 
-def trained_for(about: dict) -> dict:
+def trained_for(about: dict, size: str) -> dict:
     """The settings that weights were made for, as they record them or as is usual for their layout."""
-    if about["layout"] != "own":
-        return PUBLIC[about["layout"]]
+    if about["layout"] == "pt":
+        return STUDENT
+    if about["layout"] != "own" or about.get("stage") == "bidirectional" and "source" in about:  # Wan's, also converted
+        return WAN_SMALL if size == "wan1.3b" else WAN  # as released, or by wan21.py convert
     if "causal" not in about:
         raise ValueError("got no finished stage's checkpoint, expected a file STAGE.safetensors that train.py left: "
                          "change --weights")
     student, c = about["few_step"], about["config"]
-    few = 2 if about["size"].startswith("toy") else 4
-    return {"stage": about["stage"], "causal": about["causal"], "few_step": student, "solver": about["solver"],
-            "steps": few if student else 40, "first_steps": c["first_steps"] if student else 1,
-            "guidance": 1.0 if student else c["guidance"], "mixed_steps": c["mixed_steps"],
-            "chunk": c["chunk"] if about["causal"] else c["frames"],
+    few, causal = 2 if size.startswith("toy") else 4, about["causal"]
+    return {"stage": about["stage"], "causal": causal, "few_step": student, "solver": about["solver"],
+            "steps": few if student else 40, "first_steps": c["first_steps"] if student and causal else 1,
+            "sink": c["sink"] if c["window"] else 1, "mixed_steps": c["mixed_steps"],
+            "guidance": 1.0 if student else c["guidance"],
+            "chunk": c["chunk"] if causal else c["frames"],
             **{name: c[name] for name in ("shift", "frames", "window", "height", "width")}}
 
 
-def with_defaults(args, about: dict, toy: bool):
+def with_defaults(args, about: dict, size: str):
     """Fill what was not given from the record of the weights; warn where what was given departs from it."""
-    trained = trained_for(about)
-    causal, student = trained["causal"], trained["few_step"]
-    if args.batch is None:
-        args.batch = len(data.PROMPTS) if toy else 1
-    args.text_device = args.text_device or args.device
-    args.wan = args.wan or (args.weights if args.weights.is_dir() else args.weights.parent)
-    args.precision = args.precision or ("bf16" if args.device.startswith("cuda") and not toy else "fp32")
-    pixels = 1 if toy else 8  # per latent
-    scale = {"height": trained["height"] * pixels, "width": trained["width"] * pixels}
+    trained, toy = trained_for(about, size), toy_world(SIZES[size])
+    causal, student, pixels = trained["causal"], trained["few_step"], 1 if toy else 8  # per latent
     expected = {name: trained[name] for name in ("steps", "first_steps", "chunk", "solver", "shift", "guidance")}
-    expected |= {"window": trained["window"] or trained["frames"]} | scale
-    given = {name: getattr(args, name) for name in expected if getattr(args, name) is not None}
+    expected |= {"window": trained["window"] or trained["frames"], "sink": trained["sink"],
+                 "height": trained["height"] * pixels, "width": trained["width"] * pixels}
+    if not causal and args.chunk is None:  # a clip at once
+        args.frames = expected["chunk"] = args.frames or trained["frames"] - bool(args.image)
+        expected["window"] = None
     for name, value in expected.items():
-        setattr(args, name, given.get(name, value))
-    given_frames = 1 if args.image else 0
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if args.frames is None:
-        args.frames = 24 if toy and causal else (trained["frames"] - given_frames) // args.chunk * args.chunk
-    if not causal and "chunk" not in given:
-        args.chunk = args.frames
-    if not causal and "window" not in given:
-        args.window = max(args.window, args.frames + args.sink)
+        args.frames = 24 if toy else (trained["frames"] - bool(args.image)) // args.chunk * args.chunk
+    defaults = {"batch": len(data.PROMPTS) if toy else 1, "text_device": args.device,
+                "wan": args.weights if args.weights.is_dir() else args.weights.parent,
+                "precision": "bf16" if args.device.startswith("cuda") and not toy else "fp32",
+                "out": Path("sample.mp4" if not toy and ".mp4" in video.formats() else "sample.webp")}
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
     need(args.shift > 0 and args.seed >= 0, args, "shift seed", "a shift above 0 and a seed of at least 0")
-    need(args.device == "cpu" or args.device.startswith("cuda") and torch.cuda.is_available(), args, "device",
-         "cpu, or cuda where there is a GPU")
+    for name in ("device", "text_device"):
+        device = getattr(args, name)
+        need(device == "cpu" or device.startswith("cuda") and torch.cuda.is_available(), args, name,
+             "cpu, or cuda where there is a GPU")
     for names in ("steps first_steps", "samples", "batch"):
         need(all(getattr(args, name) >= 1 for name in names.split()), args, names, "at least 1")
     need(args.chunk >= 1 and args.frames >= 1 and args.frames % args.chunk == 0, args, "frames chunk",
@@ -179,13 +186,19 @@ def with_defaults(args, about: dict, toy: bool):
               f"for {made_for or expected[name]}; else expect {expect}", file=sys.stderr)
 
     if not causal and args.chunk < args.frames:
-        warn("chunk", "noise: weights that see whole clips cannot go chunk by chunk. Train them for that, or leave out "
-                      "--chunk")
+        warn("chunk", "noise, as they need the whole clip at once. If they were trained to go chunk by chunk, convert "
+                      "them by `python wan21.py convert --stage causal_cd`, or salt, teacher_forcing ...")
+    elif not causal and (args.image or args.clip):
+        print(f"warning: a start is given, but the weights ({trained['stage']}) never saw a clean past; expect a jump "
+              "where it ends", file=sys.stderr)
     elif causal and args.chunk != expected["chunk"]:
         warn("chunk", "frames that jump at the borders of chunks")
+    if not causal and args.frames > trained["frames"]:
+        warn("frames", "repetition and blur", trained["frames"])
     for name, expect in {
             "solver": "other motion, and at larger scale blur: students are made for cm, teachers for euler",
-            "guidance": "distorted pictures: a student has its teacher's guidance in it already",
+            "guidance": "distorted pictures: a student has its teacher's guidance in it already" if student else
+                        "duller pictures or, above it, garish ones",
             "shift": "errors at times it has not seen", "first_steps": "another first frame, and all that follow",
             "height": "worse pictures", "width": "worse pictures"}.items():
         if getattr(args, name) != expected[name]:
@@ -196,6 +209,8 @@ def with_defaults(args, about: dict, toy: bool):
         warn("steps", "a blur: this is a multi-step teacher. Its students do this well")
     if causal and args.window != expected["window"]:
         warn("window", "errors at positions it has never seen, or motion that forgets its past")
+    if causal and trained["window"] and args.sink != expected["sink"]:
+        warn("sink", "a past of another kind than in training")
     return args
 
 
@@ -222,6 +237,8 @@ def samples_of(args, prompts) -> list[Sample]:
     if args.out.suffix:
         need(args.out.suffix in (".mp4", ".webp", ".safetensors"), args, "out", "a name that ends in .mp4, .webp or "
              ".safetensors, or that of a folder, without ending")
+        need(args.out.suffix in (*video.formats(), ".safetensors"), args, "out", "one of .webp, where neither PyAV nor "
+             "ffmpeg is installed")
         need(len(found) <= args.batch, args, "out batch", f"a folder for {len(found)} clips, or all in one batch")
         need(not args.vbench and not args.format, args, "out", "a folder for --vbench or --format")
         return found
@@ -232,21 +249,30 @@ def samples_of(args, prompts) -> list[Sample]:
         name = f"{i // args.samples:04d}_{words}_seed{sample.seed}"
         if args.vbench:
             name = f"{sample.prompt}-{i % args.samples}"
-            if "/" in name or len(name.encode()) > 250:
-                raise ValueError(f"got the prompt {sample.prompt!r}, expected one that can be the name of a file: "
-                                 "change it, or leave out --vbench")
+            if "/" in name or len(name.encode()) > 230 or prompts.count(sample.prompt) > 1:
+                raise ValueError(f"got the prompt {sample.prompt!r}, expected one that can be the name of a file, and "
+                                 "each once: change it, or leave out --vbench")
         sample.path = args.out / f"{name}{FORMATS[form]}"
+    need(FORMATS[form] in (*video.formats(), ".safetensors"), args, "format", "another, or PyAV or ffmpeg installed")
     left = [sample for sample in found if not sample.path.exists()]
     if len(left) < len(found):
         print(f"{len(found) - len(left)} of {len(found)} clips are in {args.out} already and stay as they are")
     return left
 
 
+def named(flag: str, read: Callable, *args, **how):
+    """read(*args); to a ValueError the flag is added that would change it."""
+    try:
+        return read(*args, **how)
+    except ValueError as e:
+        raise ValueError(f"{e}: change {flag}") from e
+
+
 def prompts_of(args, toy) -> list[str]:
     need(bool(args.prompt) + bool(args.prompts) < 2, args, "prompt prompts", "one of them")
     prompts = args.prompt or (data.PROMPTS if toy else [])
     if args.prompts:
-        prompts = encoders.read_prompts(args.prompts)
+        prompts = named("--prompts", encoders.read_prompts, args.prompts)
     elif args.prompt_embeds and not args.prompt:
         prompts = encoders.read_prompt_embeds(args.prompt_embeds)[0]
     if not prompts:
@@ -254,59 +280,61 @@ def prompts_of(args, toy) -> list[str]:
     return prompts
 
 
-def texts_of(args, config, prompts) -> tuple[dict[str, Tensor], Tensor | None]:
-    """The embedding `l d` of each prompt, and of no prompt or the negative prompt, where guidance needs it."""
+def texts_of(args, config, prompts) -> tuple[dict[str, Tensor], Tensor]:
+    """The embedding `l d` of each prompt, and of the negative prompt, or of none (of no use without guidance)."""
+    nothing = torch.zeros(1, config.text_dim)
     if toy_world(config):
-        texts = {prompt: data.embed([data.parse_prompt(prompt)])[0] for prompt in prompts}
-        return texts, torch.zeros(config.text_len, config.text_dim)
-    null = None
+        return {prompt: data.embed([data.parse_prompt(prompt)])[0] for prompt in prompts}, nothing
+    guided, negative = args.guidance != 1, args.negative_prompt or encoders.NEGATIVE_PROMPT
     if args.prompt_embeds:
         texts = dict(zip(*encoders.read_prompt_embeds(args.prompt_embeds)))
-        for prompt in prompts:
+        wanted = prompts + [negative] * bool(guided and args.negative_prompt)
+        for prompt in wanted:
             if prompt not in texts:
                 raise ValueError(f"got the prompt {prompt!r}, expected one of the {len(texts)} in "
                                  f"{args.prompt_embeds}: encode it too, or leave out --prompt-embeds")
-        texts = {prompt: texts[prompt] for prompt in prompts}
-        if args.guidance != 1:
-            null = encoders.read_null(args.prompt_embeds)
-    else:
-        encoder = encoders.load_text_encoder(args.wan, args.text_device)
-        texts = {prompt: encoder.encode([prompt])[0].float().cpu() for prompt in prompts}
-        if args.guidance != 1:
-            null = encoder.encode([encoders.NEGATIVE_PROMPT])[0].float().cpu()
-    padded = {prompt: encoders.pad_text([text], config.text_len)[0] for prompt, text in texts.items()}
-    return padded, null if null is None else encoders.pad_text([null], config.text_len)[0]
+        if guided:
+            nothing = texts[negative] if args.negative_prompt else encoders.read_null(args.prompt_embeds)
+        return {prompt: texts[prompt] for prompt in prompts}, nothing
+    say(f"text encoder of {args.wan}")
+    encoder = encoders.load_text_encoder(args.wan, args.text_device)
+    texts = {prompt: encoder.encode([prompt])[0].float().cpu() for prompt in prompts}
+    return texts, encoder.encode([negative])[0].float().cpu() if guided else nothing
 
 
 def given_latents(args, config, vae) -> Tensor | None:
     """What to start from, `f c h w`: the latent of --image, or those of --continue."""
-    path = args.image or args.clip
+    path, flag = args.image or args.clip, "--image" if args.image else "--continue"
     if path is None:
         return None
     if path.suffix == ".safetensors":
         return clip_in(path, (config.in_dim, *latent_size(args, config)))
-    toy = toy_world(config)
-    frames = torch.from_numpy(video.read(path, frames=1 if args.image else None, height=args.height, width=args.width,
-                                         fps=None if toy or args.image else 16))
-    if toy:
+    fps = 16 if args.clip and not toy_world(config) else None
+    frames = torch.from_numpy(named(flag, video.read, path, frames=1 if args.image else None, height=args.height,
+                                    width=args.width, fps=fps))
+    if toy_world(config):
         return data.from_rgb(rearrange(frames, "f h w c -> f c h w") / 255)
-    if vae is None:
-        raise ValueError(f"got {path} without a VAE, expected latents, or leave out --preview, or change --wan")
+    need(vae is not None, args, "preview", f"the VAE, to encode {path}: leave out --preview")
     return encoders.encode(vae, frames[None, : (len(frames) - 1) // 4 * 4 + 1])[0].cpu()
 
 
 def clip_in(path, shape) -> Tensor:
-    clips = [sample["latents"] for sample in data.read_shard(path) if "latents" in sample]
-    if not clips or clips[0].shape[1:] != shape:
-        got = f"latents of {tuple(clips[0].shape)}" if clips else "no latents"
-        raise ValueError(f"got {path} with {got}, expected f frames of {shape}: change --continue, --height or --width")
+    """The latents of the one clip in a file."""
+    clips = [sample["latents"] for sample in named("--continue", data.read_shard, path) if "latents" in sample]
+    if len(clips) != 1 or clips[0].shape[1:] != shape:
+        got = ", ".join(str(tuple(clip.shape)) for clip in clips[:3]) or "no latents"
+        raise ValueError(f"got {path} with {len(clips)} clips ({got}), expected one, of f frames of {shape}: change "
+                         "--continue, --height or --width")
     return clips[0]
 
 
+def latents_only(args) -> bool:
+    return args.format == "latents" or args.out.suffix == ".safetensors"
+
+
 def needs_vae(args, toy) -> bool:
-    latents_only = args.format == "latents" or args.out.suffix == ".safetensors"
     encodes = args.image or args.clip and args.clip.suffix != ".safetensors"
-    return not toy and not args.preview and bool(encodes or not latents_only)
+    return not toy and not args.preview and bool(encodes or not latents_only(args))
 
 
 def whole_number(frame: str) -> int:
@@ -326,16 +354,15 @@ def latent_size(args, config) -> tuple[int, int]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Sampling
 
-def decoder(args, config, vae) -> tuple[Callable[[Tensor], Tensor], float]:
-    """A function from the next chunk x0 `b n c h w` to its pictures, bytes `b f h w 3`, for one batch of clips; and
-    their number per second."""
+def decoder(args, config, vae, clips: int) -> tuple[Callable[[Tensor], Tensor], float]:
+    """A function from the next chunk x0 `b n c h w` to its pictures, bytes `b f h w 3`, for one batch; and how many of
+    them are a second. clips: that share a picture."""
+    if latents_only(args):
+        return lambda x0: torch.empty(len(x0), 0, 1, 1, 3, dtype=torch.uint8), 16
     if toy_world(config):
-        scale = 8 if args.batch > 2 and args.out.suffix else 20
-        return lambda x0: torch.from_numpy(data.pixels(x0.float(), scale)), 5
+        return lambda x0: torch.from_numpy(data.pixels(x0.float(), scale=8 if clips > 2 else 20)), 5
     if args.preview:
         return encoders.preview, 4  # one picture per latent frame
-    if vae is None:
-        return lambda x0: x0.new_empty(len(x0), 0, 1, 1, 3, dtype=torch.uint8), 16  # only latents are wanted
     return encoders.StreamDecoder(vae).decode, 16
 
 
@@ -364,41 +391,49 @@ def output(path: Path, fps: float, samples: list[Sample], texts: dict[str, Tenso
 
 
 def sample_batch(args, config, net, vae, given, texts, switches, batch: list[Sample]) -> str:
-    """Generate a batch of clips and write them as they come. Returns how fast that was."""
+    """Generate a batch of clips and write them as they come. Returns how much that was, and how fast."""
     groups = [(sample.path, [sample]) for sample in batch] if batch[0].path else [(args.out, batch)]
     sizes = [len(group) for _, group in groups]
-    text = [(0, torch.stack([texts[sample.prompt] for sample in batch]).to(args.device))]
-    text += [(frame, texts[prompt].expand(len(batch), -1, -1).to(args.device)) for frame, prompt in switches]
+
+    def text(prompts):
+        return encoders.pad_text([texts[prompt] for prompt in prompts], config.text_len).to(args.device)
 
     def noise(i, k):
         shape = (args.chunk, config.in_dim, *latent_size(args, config))
         return data.noises([sample.seed for sample in batch], shape, i, k).to(args.device)
 
+    story_of = [(0, text([sample.prompt for sample in batch]))]
+    story_of += [(frame, text([prompt] * len(batch))) for frame, prompt in switches]
     grid, first_grid = grids(args.steps, args.shift, args.first_steps)
     cache = net.new_cache(args.window, args.sink, args.positions == "relative")
     given = None if given is None else given.to(args.device).expand(len(batch), *given.shape)
-    decode, fps = decoder(args, config, vae)
-    frames_given, shown, first = 0 if given is None else given.shape[1], 0, None
+    decode, fps = decoder(args, config, vae, sizes[0])
+    frames_given, made, first = 0 if given is None else given.shape[1], 0, None
+    unit = "latent frames" if latents_only(args) else "pictures"
     with ExitStack() as files, tqdm(total=frames_given + args.frames, unit="frame", desc=batch[0].prompt[:30]) as bar:
         adders = [files.enter_context(output(path, fps, group, texts)) for path, group in groups]
         start = time.perf_counter()
-        for x0 in story(net, noise, text, grid, chunk=args.chunk, frames=args.frames, given=given, cache=cache,
+        for x0 in story(net, noise, story_of, grid, chunk=args.chunk, frames=args.frames, given=given, cache=cache,
                         first_grid=first_grid, solver=args.solver):
             if not x0.isfinite().all():
                 raise ValueError(f"got non-finite frames from {args.weights}, expected finite ones: change --weights, "
                                  "--guidance or --precision")
-            pictures = decode(x0)
-            for add, x, pixels in zip(adders, x0.split(sizes), pictures.split(sizes)):
-                add(x, pixels)
+            drawn = decode(x0)
+            for add, x, some in zip(adders, x0.split(sizes), drawn.split(sizes)):
+                add(x, some)
+            made += drawn.shape[1] or x0.shape[1]
             bar.update(x0.shape[1])
-            seconds = time.perf_counter() - start
-            if first is not None:
-                shown += len(batch) * (pictures.shape[1] or x0.shape[1])
-                bar.set_postfix_str(f"{shown / (seconds - first):.1f} per second")
-            elif bar.n > frames_given:
-                first = seconds
-    then = f", then {shown / (seconds - first):.1f} per second" if shown else ""
-    return f"first after {first:.2f} s{then}"
+            if bar.n > frames_given:
+                now = time.perf_counter() - start, made
+                first = first or now
+                if now != first:
+                    bar.set_postfix_str(f"{len(batch) * (made - first[1]) / (now[0] - first[0]):.1f} {unit} per second")
+    then = f", then {bar.postfix}" if bar.postfix else ""
+    return f"{len(batch)} x {made} {unit}, the first after {first[0]:.2f} s{then}"
+
+
+def say(what: str):
+    print(what, file=sys.stderr, flush=True)
 
 
 @torch.no_grad()
@@ -408,28 +443,34 @@ def main(args) -> list[Path]:
     weights, about = wan21.read_weights(args.weights, args.part)  # mapped, not read yet
     size = args.size or about.get("size") or wan21.size_of(weights, args.weights)
     config, toy = SIZES[size], toy_world(SIZES[size])
-    args = with_defaults(args, about, toy)
+    wan21.check_fit(config, weights, args.weights)
+    args = with_defaults(args, about, size)
     samples = samples_of(args, prompts_of(args, toy))
     switches = sorted((whole_number(frame), prompt) for frame, prompt in args.at)
     if not samples:
         return []
-    texts, null = texts_of(args, config, [sample.prompt for sample in samples] + [prompt for _, prompt in switches])
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     vae = encoders.load_vae(args.wan, args.device, dtype) if needs_vae(args, toy) else None
     given = given_latents(args, config, vae)
+    last = (0 if given is None else len(given)) + args.frames - args.chunk
+    if switches and switches[-1][0] > last:
+        raise ValueError(f"got --at {switches[-1][0]}, expected at most {last}, where the last chunk starts: change "
+                         "--at or --frames")
+    texts, null = texts_of(args, config, [sample.prompt for sample in samples] + [prompt for _, prompt in switches])
+    say(f"network of {args.weights}")
     net = wan21.load(config, args.weights, args.device, dtype, args.part)[0].eval().requires_grad_(False)
     if args.compile:
         net.compile_blocks()
     if args.guidance != 1:
-        net = Guided(net, null.to(args.device), args.guidance)
+        net = Guided(net, encoders.pad_text([null], config.text_len)[0].to(args.device), args.guidance)
     grid, first_grid = grids(args.steps, args.shift, args.first_steps)
-    print(f"{args.weights} ({trained_for(about)['stage']}): {args.steps} steps at t = "
-          f"{[round(t, 4) for t in grid.tolist()]}, first chunk {len(first_grid)} steps, {args.solver}, window "
-          f"{args.window}, sink {args.sink}")
+    print(f"{args.weights} ({trained_for(about, size)['stage']}): {args.steps} steps at t = "
+          f"{[round(t, 4) for t in grid.tolist()]}, first chunk {len(first_grid)} steps, {args.solver}, chunks of "
+          f"{args.chunk}, window {args.window or 'of all'}, sink {args.sink}")
     for start in range(0, len(samples), args.batch):
         batch = samples[start : start + args.batch]
-        speed = sample_batch(args, config, net, vae, given, texts, switches, batch)
-        print(f"{batch[0].path or args.out}: {len(batch)} x {args.frames} frames, {speed}")
+        done = sample_batch(args, config, net, vae, given, texts, switches, batch)
+        print(f"{batch[0].path or args.out}: {done}")
     return [sample.path for sample in samples] if samples[0].path else [args.out]
 
 
@@ -438,5 +479,8 @@ if __name__ == "__main__":
         main(parse())
     except (ValueError, OSError) as e:
         sys.exit(f"{type(e).__name__}: {e}")
+    except torch.OutOfMemoryError as e:
+        sys.exit(f"OutOfMemoryError: {e}\nexpected less: give --text-device cpu, or a smaller --window, --batch, "
+                 "--height or --width")
     except KeyboardInterrupt:
         sys.exit("stopped; the clips that were finished, and the pictures of those under way, are kept")

@@ -3,7 +3,7 @@
     frames = read("cat.mp4", frames=81, height=480, width=832, fps=16)
 
     with writer("cat.mp4", fps=16) as write:
-        for block in blocks:  # any number of frames at a time; memory stays flat
+        for block in blocks:  # any number of frames at a time; memory stays flat, but for WebP
             write(block)
 
 Read: whatever FFmpeg decodes, through PyAV (the optional package `av`); GIF, animated WebP and PNG, and still pictures,

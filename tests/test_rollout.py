@@ -146,7 +146,7 @@ def recomputed(net, clean, x, t, text, chunk, window, sink, relative):
     return v.permute(0, 1, 6, 2, 4, 3, 5).flatten(3, 4).flatten(4, 5)
 
 
-WINDOWS = [(None, 0, False), (4, 0, False), (4, 1, False), (4, 1, True), (6, 2, True), (5, 0, True)]
+WINDOWS = [(None, 0, False), (4, 0, False), (4, 1, False), (4, 1, True), (6, 2, True), (5, 0, True), (8, 1, True)]
 
 
 @pytest.mark.parametrize("chunk", [1, 2])
@@ -165,13 +165,14 @@ def test_windowed_rollout_equals_recomputing_everything(tiny, window, sink, rela
         close(c.v, recomputed(net, x0[:, : i * chunk], c.x_t, t, text, chunk, window, sink, relative), 1e-5)
 
 
-@pytest.mark.parametrize("chunk", [1, 2])
-@pytest.mark.parametrize("window, sink, relative", WINDOWS)
+@pytest.mark.parametrize("chunk, window, sink, relative", [
+    *((chunk, *window) for chunk in (1, 2) for window in WINDOWS), (3, 8, 1, True), (3, 8, 1, False)])
 @torch.no_grad()
 def test_recache_is_a_fresh_run_on_the_same_history(tiny, window, sink, relative, chunk):
     """Bug: a switch of prompts that leaves the old prompt in the cache, or frames at other positions. What follows must
-    be what a new model sees that is given the frames still held, under the new prompt, and nothing else."""
-    net, g, f = tiny(), torch.Generator().manual_seed(0), 8
+    be what a new model sees that is given the frames still held, under the new prompt, and nothing else. Chunks of 3 in
+    a window of 8 lose the middle frame of the first one."""
+    net, g, f = tiny(), torch.Generator().manual_seed(0), 9 if chunk == 3 else 8
     noise, text = torch.randn(2, 1, f, 3, 4, 6, generator=g), torch.randn(2, 2, 3, 5, generator=g)
     cache, history = net.new_cache(window=window, sink=sink, relative=relative), []
     for c in stream(net, shared_noise(noise, chunk, 1, 1), text[0], schedule(1, 5.0), chunks=f // chunk, cache=cache,
@@ -188,9 +189,9 @@ def test_recache_is_a_fresh_run_on_the_same_history(tiny, window, sink, relative
     fresh = net.new_cache(relative=relative, window=window, sink=sink)
     for first in range(0, f, chunk):
         held = [i for i in range(first, first + chunk) if i in cache.frames]
-        if held:
-            fresh.next_frame = held[0]
-            net.append(fresh, clean[:, held], text[1])
+        for piece in [held] if held and held[-1] - held[0] == len(held) - 1 else [[i] for i in held]:
+            fresh.next_frame = piece[0]
+            net.append(fresh, clean[:, piece], text[1])
     fresh.next_frame = f
     close(got, net(x, t, text[1], cache=fresh), 1e-6)
     assert (got - net(x, t, text[1], cache=cache)).abs().max() > 0.01  # what a switch without recache gives
@@ -210,8 +211,8 @@ def test_story_is_the_rollouts_it_is_made_of(tiny, given, window, sink):
     noise, text = torch.randn(1, 4, 14, 3, 4, 6, generator=g), torch.randn(3, 1, 3, 5, generator=g)
     clip = torch.randn(1, given, 3, 4, 6, generator=g) if given else None
     draw, (grid, first_grid), cut = shared_noise(noise, 2, 2, 4), grids(2, 5.0, 4), [n for n in (given % 2, 2, 2) if n]
-    if given:  # then no chunk is the first one, and no noise is for four steps
-        draw = lambda i, k: noise[:, 2 * k, 2 * i : 2 * i + 2]
+    if given:  # then no chunk is the first one, and no noise is for four steps; given pieces count
+        draw = lambda i, k: noise[:, 2 * k, 2 * i - 4 : 2 * i - 2]
     made = torch.cat(list(story(net, draw, [(0, text[0]), (5, text[1]), (12, text[2])], grid, chunk=2, frames=14,
                                 given=clip, cache=net.new_cache(window, sink), first_grid=first_grid)), 1)
 
@@ -224,7 +225,7 @@ def test_story_is_the_rollouts_it_is_made_of(tiny, given, window, sink):
         if now != before:
             cache = recache(net, cache, history, text[now])
         before = now
-        (new,) = stream(net, lambda _, k, i=i: draw(i, k), text[now], grid, chunks=1, cache=cache,
+        (new,) = stream(net, lambda _, k, i=i + 2 * (given > 0): draw(i, k), text[now], grid, chunks=1, cache=cache,
                         first_grid=first_grid, commit_last=True)
         history.append((cache.next_frame - 2, new.x0))
     close(made, torch.cat([x for _, x in history], 1), 1e-5)

@@ -75,9 +75,10 @@ def latents_in(path):
 
 
 @torch.no_grad()
-def by_hand(net, text, seed, chunks, chunk=3, steps=2, cache=None):
-    grid = schedule(steps, 5.0)
-    return torch.cat([c.x0 for c in stream(net, noise_of(seed, chunk), text, grid, chunks=chunks, cache=cache)], 1)
+def by_hand(net, text, seed, chunks, chunk=3, steps=2, cache=None, before=0):
+    grid, noise = schedule(steps, 5.0), noise_of(seed, chunk)
+    return torch.cat([c.x0 for c in stream(net, lambda i, k: noise(before + i, k), text, grid, chunks=chunks,
+                                           cache=cache)], 1)
 
 
 def test_whole_clips_of_wans_own_weights(wan, net, tmp_path, capsys):
@@ -104,7 +105,7 @@ def test_a_public_student_goes_chunk_by_chunk(wan, net, tmp_path, capsys):
     x0 = by_hand(net, text_of(wan, FOX), 3, chunks=2)
     close(latents_in(out), x0, 1e-5)
     said = capsys.readouterr()
-    assert "cm, window 21" in said.out and "[1.0, 0.8333]" in said.out
+    assert "cm, chunks of 3, window 21" in said.out and "[1.0, 0.8333]" in said.out
     assert re.search(r"--steps 2.*a public student.*rule for 4;", said.err) and "--first-steps" in said.err
     (folder,) = student(wan, "--prompt", FOX, "--frames", 6, "--seed", 3, "--out", tmp_path / "png", "--format", "png")
     whole = encoders.StreamDecoder(encoders.load_vae(wan)).decode(latents_in(out))[0]
@@ -148,21 +149,46 @@ def test_image_to_video_and_going_on(wan, net, tmp_path):
     with torch.no_grad():
         cache = net.new_cache()
         net.append(cache, latent, text)
-        want = torch.cat([latent, by_hand(net, text, 0, 2, cache=cache)], 1)
+        want = torch.cat([latent, by_hand(net, text, 0, 2, cache=cache, before=1)], 1)
     close(latents_in(clip), want, 1e-5)
     (folder,) = student(wan, *words, "--out", tmp_path / "png", "--format", "png")
     assert torch.equal(pictures_in(folder), encoders.StreamDecoder(vae).decode(latents_in(clip))[0])
 
     longer = tmp_path / "longer.safetensors"
-    student(wan, "--prompt", FOX, "--frames", 3, "--continue", clip, "--seed", 9, "--out", longer)
-    with torch.no_grad():
-        cache = net.new_cache()
-        for piece in want.split([1, 3, 3], 1):
-            net.append(cache, piece, text)
-        want = torch.cat([want, by_hand(net, text, 9, 1, cache=cache)], 1)
-    close(latents_in(longer), want, 1e-4)
     student(wan, "--prompt", FOX, "--frames", 3, "--continue", folder, "--out", longer)  # from its pictures
     assert latents_in(longer).shape[1] == 7 + 3
+
+
+def test_a_clip_that_is_continued_is_the_one_that_never_stopped(wan, tmp_path):
+    """Bug: noise that starts again, another window, a first chunk with its extra steps in the middle."""
+    halves, straight = [tmp_path / f"{i}.safetensors" for i in (0, 1)], tmp_path / "straight.safetensors"
+    words = ("--prompt", FOX, "--window", 9)
+    student(wan, *words, "--frames", 9, "--out", halves[0])
+    student(wan, *words, "--frames", 9, "--continue", halves[0], "--out", halves[1])
+    student(wan, *words, "--frames", 18, "--out", straight)
+    close(latents_in(halves[1]), latents_in(straight), 1e-4)
+
+
+def test_whole_clips_from_a_picture_or_clip(wan, tmp_path, capsys):
+    """Bug: a window in which the new part sees only the sink of what it goes on from; no frame left to make. The first
+    given frame must matter, and the last, and more so."""
+    Image.fromarray(np.zeros((64, 48, 3), dtype=np.uint8)).save(tmp_path / "black.png")
+    words = ("--weights", wan, "--prompt", FOX, "--steps", 8, *SIZE, "--guidance", 1)
+    run(*words, "--image", tmp_path / "black.png", "--out", tmp_path / "a.safetensors")
+    assert latents_in(tmp_path / "a.safetensors").shape[1] == 21
+    assert "never saw a clean past" in capsys.readouterr().err
+    g, clips = torch.Generator().manual_seed(0), []
+    clip = torch.randn(21, 16, 8, 6, generator=g)
+    for change in (None, 0, 20):
+        changed = clip.clone()
+        if change is not None:
+            changed[change] += 1
+        shard = [{"latents": changed, "text": torch.zeros(1, 4), "caption": ""}]
+        data.write_shard(tmp_path / "given.safetensors", shard)
+        run(*words, "--frames", 4, "--continue", tmp_path / "given.safetensors", "--out", tmp_path / "b.safetensors")
+        clips.append(latents_in(tmp_path / "b.safetensors")[:, 21:])
+    first, last = ((c - clips[0]).abs().mean() for c in clips[1:])
+    assert first > 1e-3 and last > 0.3 * first
 
 
 def test_another_prompt_on_the_way_in_a_sliding_window(wan, net, tmp_path):
@@ -241,10 +267,14 @@ def test_a_mismatch_is_a_warning_that_says_what_to_expect(wan, tmp_path, capsys,
 @pytest.mark.parametrize("words, message", [
     ((), "got no prompt, expected some: give --prompt"),
     (("--prompt", FOX, "--prompts", "x.txt"), "--prompt .*--prompts x.txt, expected one of them"),
-    (("--prompts", "none.txt"), "got no readable none.txt"),
+    (("--prompts", "none.txt"), "got no readable none.txt.*change --prompts"),
     (("--prompt", FOX, "--out", "x.gif"), "--out x.gif, expected a name that ends in"),
-    (("--prompt", FOX, BALL), "--out sample.webp, --batch 1, expected a folder for 2 clips"),
-    (("--prompt", FOX, "--vbench"), "--out sample.webp, expected a folder"),
+    (("--prompt", FOX, BALL), "--out sample.mp4, --batch 1, expected a folder for 2 clips"),
+    (("--prompt", FOX, "--vbench"), "--out sample.mp4, expected a folder"),
+    (("--prompt", FOX, FOX, "--vbench", "--out", "x"), "each once"),
+    (("--prompt", FOX * 9, "--vbench", "--out", "x"), "the name of a file"),
+    (("--prompt", FOX, "--at", 40, BALL), "got --at 40, expected at most 18.*--frames"),
+    (("--prompt", FOX, "--text-device", "tpu"), "--text-device tpu"),
     (("--prompt", FOX, "--vbench", "--out", "x", "--format", "png"), "--format png, expected mp4"),
     (("--prompt", f"{FOX} / {BALL}", "--vbench", "--out", "x"), "the name of a file"),
     (("--prompt", FOX, "--at", "0", BALL), "got --at 0, expected"),
@@ -256,9 +286,10 @@ def test_a_mismatch_is_a_warning_that_says_what_to_expect(wan, tmp_path, capsys,
     (("--prompt", FOX, "--batch", 0), "--batch 0, expected at least 1"),
     (("--prompt", FOX, "--image", "a", "--continue", "b"), "one of --image and --continue"),
     (("--prompt", FOX, "--wan", "nowhere"), "nowhere.*--wan"),
-    (("--prompt", FOX, "--continue", "none.safetensors"), "got no readable none.safetensors"),
-    (("--prompt", FOX, "--image", "none.png"), "none.png"),
-    (("--prompt", FOX, "--weights", "none.pt"), "got no file none.pt"),
+    (("--prompt", FOX, "--continue", "none.safetensors"), "got no readable none.safetensors.*change --continue"),
+    (("--prompt", FOX, "--image", "none.png"), "none.png.*change --image"),
+    (("--prompt", FOX, "--weights", "none.pt"), "got no file none.pt.*--weights"),
+    (("--prompt", FOX, "--image", "none.png", "--preview"), "none.png"),
     (("--prompt", FOX, "--part", "critic"), "critic.*--part"),
     (("--prompt", FOX, "--size", "wan14b"), "change --size to wan1.3b"),
     (("--prompt", FOX, "--device", "tpu"), "--device tpu"),
@@ -274,7 +305,8 @@ def test_bad_input_is_named(wan, tmp_path, monkeypatch, words, message):
 def test_clips_to_go_on_from_must_fit(wan, tmp_path):
     """Bug: latents of another size or of nothing that fail inside the network."""
     path = tmp_path / "clip.safetensors"
-    for sample_ in ({"latents": torch.zeros(3, 16, 4, 4)}, {}):
-        data.write_shard(path, [{"text": torch.zeros(1, 4), "caption": "a", **sample_}])
-        with pytest.raises(ValueError, match="clip.safetensors with .*expected.*16, 8, 6.*--continue"):
+    fits = {"latents": torch.zeros(3, 16, 8, 6)}
+    for clips in ([{"latents": torch.zeros(3, 16, 4, 4)}], [{}], [fits, fits]):
+        data.write_shard(path, [{"text": torch.zeros(1, 4), "caption": "a", **clip} for clip in clips])
+        with pytest.raises(ValueError, match="clip.safetensors with .*expected one.*16, 8, 6.*--continue"):
             student(wan, "--prompt", FOX, "--continue", path)
