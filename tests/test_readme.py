@@ -7,6 +7,7 @@ import shlex
 
 from conftest import ROOT
 
+import bench
 import sample
 import train
 import wan21
@@ -70,7 +71,7 @@ def test_every_flag_exists():
     """Bug: a command of the README that the command line refuses."""
     help_of = {f"--{f.replace('_', '-')}" for f in train.Config.__dataclass_fields__}
     for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README)):
-        others = "".join((ROOT / f"{name}.py").read_text() for name in ("sample", "wan21", "prepare"))
+        others = "".join((ROOT / f"{name}.py").read_text() for name in ("sample", "wan21", "prepare", "bench"))
         assert flag in help_of | TORCHRUN or f'"{flag}"' in others or flag == "--help", flag
     commands = re.findall(r"^(?:python|torchrun .*?) train\.py *(.*?) *(?:#.*)?$", README, re.M)
     assert any("--plan" in command for command in commands)
@@ -80,6 +81,8 @@ def test_every_flag_exists():
     assert len(samples) > 4 and {words.split()[0] for words in wans} == {"convert", "encode-prompts", "prepare"}
     for words in samples:
         sample.parse(shlex.split(words))
+    for words in re.findall(r"^python bench\.py *(.*?) *(?:#.*)?$", README, re.M):
+        bench.parse(shlex.split(words))
     for words in wans:
         wan21.parse(shlex.split(words))
 

@@ -1,11 +1,13 @@
 """Self-rollout: official numbers, gradients that stop at the chunk boundary, and noise that equal times share."""
 
 import gc
+import json
 
 import pytest
 import torch
 from conftest import close, close_norm
 
+import bench
 from flowmap import Guided, add_noise, schedule
 from model import rope_angles, sinusoid
 from rollout import grids, recache, shared_noise, story, stream
@@ -319,3 +321,17 @@ def test_stream_is_lazy_and_continues(tiny):
         next(stream(net, draw, text, schedule(2, 5.0), chunks=1, solver="heun"))
     with pytest.raises(ValueError, match="exit step"):
         next(stream(net, draw, text, schedule(2, 5.0), chunks=1, exit_step=2))
+
+
+def test_bench_measures_both_ways_on_the_same_rollout(tmp_path, monkeypatch):
+    """Bug: two ways that are not of the same clip, a range that does not hold its median, a warm-up that is counted."""
+    monkeypatch.setattr(bench, "TOY", [(2, 2, 6, 4)])
+    rows = bench.main(bench.parse(["--rounds", "3", "--device", "cpu", "--out", str(tmp_path / "speed.json")]))
+    assert [row["commit"] for row in rows] == ["fused", "apart"] and rows[0]["difference"] < 1e-5
+    for row in rows:
+        for name in ("pictures_per_second", "first_chunk_s", "last_chunk_s"):
+            low, high = row[f"{name}_range"]
+            assert 0 < low <= row[name] <= high
+    assert json.loads((tmp_path / "speed.json").read_text())["rows"] == rows
+    with pytest.raises(ValueError, match="--rounds 0"):
+        bench.main(bench.parse(["--rounds", "0"]))
