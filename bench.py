@@ -51,16 +51,17 @@ def rollout(net, shape, chunk, steps, frames, window, fused) -> tuple[dict, torc
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
-    start, stamps, last = time.perf_counter(), [], None
-    for last in stream(net, lambda i, k: data.noises([0], (chunk, *shape), i, k).to(device), text, grid,
+    start, stamps = time.perf_counter(), []
+    for made in stream(net, lambda i, k: data.noises([0], (chunk, *shape), i, k).to(device), text, grid,
                       chunks=frames // chunk, first_grid=first_grid, cache=cache, fused=fused):
+        x0 = made.x0
         if cuda:
             torch.cuda.synchronize()
         stamps.append(time.perf_counter() - start)
     per_latent = 1 if c.in_dim == 3 else 4  # pictures; of Wan's first latent frame, one
     return {"pictures_per_second": per_latent * (frames - chunk) / (stamps[-1] - stamps[0]),
             "first_chunk_s": stamps[0], "last_chunk_s": stamps[-1] - stamps[-2],
-            "memory_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else None}, last.x0
+            "memory_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else None}, x0
 
 
 def main(args) -> list[dict]:
