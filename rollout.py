@@ -92,9 +92,9 @@ def stream(net, noise: Callable[[int, int], Tensor], text: Tensor, grid: Tensor,
 def recache(net, cache, history: list[tuple[int, Tensor]], text: Tensor):
     """A new cache of the frames that `cache` holds, as if they had been made under another prompt (LongLive's recache).
 
-    Keys and values of the past were computed with the old prompt in every layer, so a new prompt alone would change the
-    picture slowly or not at all. history: (position of its first frame, x0 `b n c h w`) of each chunk committed;
-    frames that the cache has dropped are passed over, and those kept see only each other. text: the new `b l d`.
+    The old prompt is in the keys and values of the past, in every layer but the first. history: (position of its first
+    frame, x0 `b n c h w`) of each chunk committed; frames that the cache has dropped are passed over, and those kept
+    see only each other. text: the new `b l d`.
     """
     fresh = net.new_cache(cache.window, cache.sink, cache.relative)
     for first, x0 in history:
