@@ -34,8 +34,9 @@ import torch
 from einops import rearrange
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from model import save_readable
 
 COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0)}
 SHAPES = ("ball", "bar", "pole")
@@ -281,8 +282,8 @@ def read_shard(path: Path) -> list[dict]:
                 samples.append({k: finite(x) for k, x in stored.items()} | {"caption": caption})
         return samples
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"got no readable {path} ({type(e).__name__}: {e}), expected a file that data.write_shard "
-                         "wrote: change its name, or write it again") from e
+        raise ValueError(f"got no readable {path} ({type(e).__name__}: {e}), expected a complete file of "
+                         "clips or prompts (data.write_shard)") from e
 
 
 def write_null(path: Path, text: Tensor) -> None:
@@ -295,7 +296,7 @@ def _write(path, tensors, about):
     path.parent.mkdir(parents=True, exist_ok=True)
     # clone: safetensors refuses tensors that share memory, as one text for two clips does
     tensors = {k: x.detach().cpu().clone(memory_format=torch.contiguous_format) for k, x in tensors.items()}
-    save_file(tensors, fresh, {"about": json.dumps(about)})
+    save_readable(tensors, fresh, {"about": json.dumps(about)})
     with open(fresh, "rb+") as f:
         os.fsync(f.fileno())
     os.replace(fresh, path)

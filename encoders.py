@@ -263,11 +263,13 @@ def encode_prompts(prompts: Path, out: Path, folder: Path, device="cpu", batch: 
 def read_prompt_embeds(path: Path) -> tuple[list[str], list[Tensor]]:
     """Captions and embeddings, float32 `l d`, of a file that encode_prompts wrote. ValueError if it is another, or
     damaged."""
+    if not Path(path).is_file():
+        raise ValueError(f"got no file {path}, expected one of wan21.py encode-prompts: change --prompt-embeds")
     try:
         samples = data.read_shard(path)
         return [sample["caption"] for sample in samples], [sample["text"] for sample in samples]
     except (ValueError, KeyError) as e:
-        raise ValueError(f"{e}: expected a file of wan21.py encode-prompts: change --prompt-embeds") from e
+        raise ValueError(f"{e}, such as wan21.py encode-prompts makes: change --prompt-embeds") from e
 
 
 def read_null(path: Path) -> Tensor:

@@ -86,6 +86,7 @@ SIZES = {
                      text_dim=16, text_len=2),
     "toy_large": WanConfig(dim=192, ffn_dim=768, num_heads=8, num_layers=6, in_dim=3, patch_size=(1, 5, 5), freq_dim=64,
                            text_dim=16, text_len=2),  # a teacher for --teacher-size
+    "wan_tiny": WanConfig(dim=192, ffn_dim=768, num_heads=4, num_layers=4),  # Wan's latents and text, to try things out
     "wan1.3b": WanConfig(),
     "wan14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
 }
@@ -470,12 +471,21 @@ class CausalWan(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 
+def save_readable(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """safetensors' save_file, with the rights that any new file gets here: it makes files that nobody else can read."""
+    Path(path).touch()
+    mode = os.stat(path).st_mode
+    save_file(tensors, path, metadata)
+    os.chmod(path, mode)
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
     """Write a safetensors file with `about` (JSON) in its header; the old file is replaced only by a complete new
     one. OSError, with the path, if it cannot be written."""
     fresh = Path(path).with_name(Path(path).name + ".writing")
     try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, fresh, {"about": json.dumps(about)})
+        save_readable({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, fresh,
+                      {"about": json.dumps(about)})
     except SafetensorError as e:
         raise OSError(f"got no space or no right to write {path} ({e}): free some space, or change --out") from e
     with open(fresh, "rb+") as f:

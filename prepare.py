@@ -206,6 +206,8 @@ def read_captions(path) -> list[tuple[str, str]]:
         with open(path, encoding="utf-8-sig", newline="") as f:
             if path.suffix in (".csv", ".tsv"):
                 found = csv.DictReader(f, delimiter="\t" if path.suffix == ".tsv" else ",")
+                if not {"video", "caption"} <= set(found.fieldnames or ()):
+                    raise ValueError(f"its columns are {found.fieldnames}, by the first row")
             else:
                 found = (json.loads(line) for line in f if line.strip())
             for row in found:

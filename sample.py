@@ -22,6 +22,7 @@ seed --seed + k.
 """
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -42,6 +43,7 @@ import encoders
 import video
 import wan21
 from flowmap import Guided
+from fsdp import write_text
 from model import SIZES, about_of, check_window
 from rollout import grids, story
 
@@ -104,8 +106,8 @@ def parse(argv=None):
     how.add_argument("--guidance", type=float, help="guidance w (default: 1, none, for a student; as recorded for a "
                                                     "teacher)")
     where = p.add_argument_group("where")
-    where.add_argument("--out", type=Path, help="a file, all clips side by side, or a folder, a file per clip; those "
-                       "that are there are left (default: sample.webp, of Wan sample.mp4)")
+    where.add_argument("--out", type=Path, help="a file, all clips side by side, which is replaced, or a folder, a "
+                       "file per clip, where those that are there stay (default: sample.webp, of Wan sample.mp4)")
     where.add_argument("--format", choices=tuple(FORMATS), help="of files in a folder (default: mp4, or webp where "
                                                                 "mp4 cannot be written)")
     where.add_argument("--vbench", action="store_true", help="name files as VBench expects: PROMPT-0.mp4, PROMPT-1.mp4")
@@ -173,7 +175,7 @@ def with_defaults(args, about: dict, size: str):
     for names in ("steps first_steps", "samples", "batch"):
         need(all(getattr(args, name) >= 1 for name in names.split()), args, names, "at least 1")
     need(args.chunk >= 1 and args.frames >= 1 and args.frames % args.chunk == 0, args, "frames chunk",
-         "a multiple of the chunk")
+         "a multiple of the chunk, at least one")
     need(not (args.image and args.clip), args, "image clip", "one of --image and --continue")
     need(toy or args.height % 16 == args.width % 16 == 0, args, "height width", "multiples of 16")
     need(not toy or (args.height, args.width) == (data.SIZE, data.SIZE), args, "height width",
@@ -182,15 +184,15 @@ def with_defaults(args, about: dict, size: str):
 
     def warn(name, expect, made_for=None):
         made = "were made" if about["layout"] == "own" else "are made as a rule"
-        print(f"warning: --{name.replace('_', '-')} {getattr(args, name)}, but the weights ({trained['stage']}) {made} "
-              f"for {made_for or expected[name]}; else expect {expect}", file=sys.stderr)
+        say(f"warning: --{name.replace('_', '-')} {getattr(args, name)}, but the weights ({trained['stage']}) {made} "
+            f"for {made_for or expected[name]}; expect {expect}")
 
     if not causal and args.chunk < args.frames:
         warn("chunk", "noise, as they need the whole clip at once. If they were trained to go chunk by chunk, convert "
                       "them by `python wan21.py convert --stage causal_cd`, or salt, teacher_forcing ...")
     elif not causal and (args.image or args.clip):
-        print(f"warning: a start is given, but the weights ({trained['stage']}) never saw a clean past; expect a jump "
-              "where it ends", file=sys.stderr)
+        say(f"warning: a start is given, but the weights ({trained['stage']}) never saw a clean past; expect a jump "
+            "where it ends")
     elif causal and args.chunk != expected["chunk"]:
         warn("chunk", "frames that jump at the borders of chunks")
     if not causal and args.frames > trained["frames"]:
@@ -209,9 +211,15 @@ def with_defaults(args, about: dict, size: str):
         warn("steps", "a blur: this is a multi-step teacher. Its students do this well")
     if causal and args.window != expected["window"]:
         warn("window", "errors at positions it has never seen, or motion that forgets its past")
+    if args.negative_prompt and args.guidance == 1:
+        say("warning: --negative-prompt changes nothing without --guidance")
     if causal and trained["window"] and args.sink != expected["sink"]:
         warn("sink", "a past of another kind than in training")
     return args
+
+
+def say(what: str):
+    print(what, file=sys.stderr, flush=True)
 
 
 def need(ok, args, names, expected):
@@ -234,11 +242,16 @@ class Sample:
 def samples_of(args, prompts) -> list[Sample]:
     """All samples that are asked for and are not there yet."""
     found = [Sample(prompt, args.seed + k) for prompt in prompts for k in range(args.samples)]
+    folder = args.out.parent if args.out.suffix else args.out
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ValueError(f"got --out {args.out} ({e}), expected a place for files: change --out") from e
     if args.out.suffix:
         need(args.out.suffix in (".mp4", ".webp", ".safetensors"), args, "out", "a name that ends in .mp4, .webp or "
              ".safetensors, or that of a folder, without ending")
-        need(args.out.suffix in (*video.formats(), ".safetensors"), args, "out", "one of .webp, where neither PyAV nor "
-             "ffmpeg is installed")
+        need(args.out.suffix in (*video.formats(), ".safetensors"), args, "out", "another format, or for .mp4 `pip "
+             "install av`")
         need(len(found) <= args.batch, args, "out batch", f"a folder for {len(found)} clips, or all in one batch")
         need(not args.vbench and not args.format, args, "out", "a folder for --vbench or --format")
         return found
@@ -253,11 +266,25 @@ def samples_of(args, prompts) -> list[Sample]:
                 raise ValueError(f"got the prompt {sample.prompt!r}, expected one that can be the name of a file, and "
                                  "each once: change it, or leave out --vbench")
         sample.path = args.out / f"{name}{FORMATS[form]}"
-    need(FORMATS[form] in (*video.formats(), ".safetensors"), args, "format", "another, or PyAV or ffmpeg installed")
+    need(FORMATS[form] in (*video.formats(), ".safetensors"), args, "format", "another, or for mp4 `pip install av`")
     left = [sample for sample in found if not sample.path.exists()]
+    same_settings(args, new=len(left) == len(found))
     if len(left) < len(found):
         print(f"{len(found) - len(left)} of {len(found)} clips are in {args.out} already and stay as they are")
     return left
+
+
+def same_settings(args, new: bool):
+    """Clips are added to a folder only with the settings of those that are there; sample.json keeps them."""
+    path, free = args.out / "sample.json", ("prompt", "prompts", "samples", "seed", "out", "format", "vbench", "wan",
+                                            "device", "text_device", "compile", "batch", "prompt_embeds")
+    now = {k: str(v) for k, v in vars(args).items() if k not in free}
+    if not new and path.exists():
+        then = json.loads(path.read_text())
+        for name in now:
+            need(now[name] == then.get(name), args, name, f"{then.get(name)}, as for the clips in {args.out}, or "
+                 "another --out")
+    write_text(path, json.dumps(now, indent=1))
 
 
 def named(flag: str, read: Callable, *args, **how):
@@ -315,7 +342,10 @@ def given_latents(args, config, vae) -> Tensor | None:
     if toy_world(config):
         return data.from_rgb(rearrange(frames, "f h w c -> f c h w") / 255)
     need(vae is not None, args, "preview", f"the VAE, to encode {path}: leave out --preview")
-    return encoders.encode(vae, frames[None, : (len(frames) - 1) // 4 * 4 + 1])[0].cpu()
+    left_out = (len(frames) - 1) % 4  # the VAE takes 1 + 4 k pictures; the last ones matter
+    if left_out:
+        say(f"{path}: {len(frames)} pictures at 16 per second; the first {left_out} are left out, for 1 + 4 k")
+    return encoders.encode(vae, frames[None, left_out:])[0].cpu()
 
 
 def clip_in(path, shape) -> Tensor:
@@ -374,19 +404,24 @@ def output(path: Path, fps: float, samples: list[Sample], texts: dict[str, Tenso
     unfinished = path.with_name(f"{path.stem}-unfinished{path.suffix}")
     if unfinished.is_dir():
         shutil.rmtree(unfinished)
-    if path.suffix == ".safetensors":
-        chunks = []
-        try:
-            yield lambda x0, pictures: chunks.append(x0.float().cpu())
-        finally:
-            clips = zip(samples, torch.cat(chunks, dim=1) if chunks else [])
-            if clips := [{"latents": x, "text": texts[sample.prompt], "caption": sample.prompt} for sample, x in clips]:
-                data.write_shard(unfinished, clips)
-    else:
-        columns = next(n for n in (6, 5, 4, 3, 2, 1) if len(samples) % n == 0)
-        with video.writer(unfinished, fps) as write:
-            yield lambda x0, pictures: write(
-                rearrange(pictures, "(r c) f h w rgb -> f (r h) (c w) rgb", c=columns).cpu().numpy())
+    chunks, columns = [], next(n for n in (6, 5, 4, 3, 2, 1) if len(samples) % n == 0)
+    try:
+        if path.suffix == ".safetensors":
+            try:
+                yield lambda x0, pictures: chunks.append(x0.float().cpu())
+            finally:
+                clips = zip(samples, torch.cat(chunks, dim=1)) if chunks else ()
+                shard = [{"latents": x, "text": texts[sample.prompt], "caption": sample.prompt} for sample, x in clips]
+                if shard:
+                    data.write_shard(unfinished, shard)
+        else:
+            with video.writer(unfinished, fps) as write:
+                yield lambda x0, pictures: write(
+                    rearrange(pictures, "(r c) f h w rgb -> f (r h) (c w) rgb", c=columns).cpu().numpy())
+    except BaseException:
+        if unfinished.exists():
+            say(f"kept what there is: {unfinished}")
+        raise
     os.replace(unfinished, path)
 
 
@@ -410,7 +445,8 @@ def sample_batch(args, config, net, vae, given, texts, switches, batch: list[Sam
     decode, fps = decoder(args, config, vae, sizes[0])
     frames_given, made, first = 0 if given is None else given.shape[1], 0, None
     unit = "latent frames" if latents_only(args) else "pictures"
-    with ExitStack() as files, tqdm(total=frames_given + args.frames, unit="frame", desc=batch[0].prompt[:30]) as bar:
+    name = batch[0].prompt[:30] if len(batch) == 1 else f"{len(batch)} clips"
+    with ExitStack() as files, tqdm(total=frames_given + args.frames, unit="frame", desc=name) as bar:
         adders = [files.enter_context(output(path, fps, group, texts)) for path, group in groups]
         start = time.perf_counter()
         for x0 in story(net, noise, story_of, grid, chunk=args.chunk, frames=args.frames, given=given, cache=cache,
@@ -432,10 +468,6 @@ def sample_batch(args, config, net, vae, given, texts, switches, batch: list[Sam
     return f"{len(batch)} x {made} {unit}, the first after {first[0]:.2f} s{then}"
 
 
-def say(what: str):
-    print(what, file=sys.stderr, flush=True)
-
-
 @torch.no_grad()
 def main(args) -> list[Path]:
     """Write the clips; returns the files."""
@@ -453,6 +485,7 @@ def main(args) -> list[Path]:
     vae = encoders.load_vae(args.wan, args.device, dtype) if needs_vae(args, toy) else None
     given = given_latents(args, config, vae)
     last = (0 if given is None else len(given)) + args.frames - args.chunk
+    need(not switches or last > 0, args, "at", "none for a clip that is one chunk")
     if switches and switches[-1][0] > last:
         raise ValueError(f"got --at {switches[-1][0]}, expected at most {last}, where the last chunk starts: change "
                          "--at or --frames")
@@ -464,13 +497,15 @@ def main(args) -> list[Path]:
     if args.guidance != 1:
         net = Guided(net, encoders.pad_text([null], config.text_len)[0].to(args.device), args.guidance)
     grid, first_grid = grids(args.steps, args.shift, args.first_steps)
-    print(f"{args.weights} ({trained_for(about, size)['stage']}): {args.steps} steps at t = "
-          f"{[round(t, 4) for t in grid.tolist()]}, first chunk {len(first_grid)} steps, {args.solver}, chunks of "
-          f"{args.chunk}, window {args.window or 'of all'}, sink {args.sink}")
+    times = [round(t, 4) for t in grid.tolist()]
+    print(f"{args.weights} ({trained_for(about, size)['stage']}): steps at t = {times[:8]}{' ...' * (args.steps > 8)}, "
+          f"{len(times)} in all, {len(first_grid)} in the first chunk, {args.solver}, guidance {args.guidance}, chunks "
+          f"of {args.chunk}, window {args.window or 'of all'}, sink {args.sink}, {args.height} x {args.width} pixels, "
+          f"{args.precision}")
     for start in range(0, len(samples), args.batch):
         batch = samples[start : start + args.batch]
         done = sample_batch(args, config, net, vae, given, texts, switches, batch)
-        print(f"{batch[0].path or args.out}: {done}")
+        print(f"{batch[0].path if len(batch) == 1 and batch[0].path else args.out}: {done}")
     return [sample.path for sample in samples] if samples[0].path else [args.out]
 
 
@@ -483,4 +518,4 @@ if __name__ == "__main__":
         sys.exit(f"OutOfMemoryError: {e}\nexpected less: give --text-device cpu, or a smaller --window, --batch, "
                  "--height or --width")
     except KeyboardInterrupt:
-        sys.exit("stopped; the clips that were finished, and the pictures of those under way, are kept")
+        sys.exit("stopped; finished clips are kept")

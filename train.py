@@ -56,7 +56,7 @@ def flag(default, help, affects="bidirectional"):
 class Config:
     """Every setting of a run; each is also a command-line flag of the same name."""
 
-    size: str = flag("toy", "the network, and the settings that go with it: toy, toy_large, wan1.3b or wan14b")
+    size: str = flag("toy", "the network, and the settings that go with it: toy, toy_large, wan_tiny, wan1.3b, wan14b")
     stage: str = flag("all", "one of the recipe, bidirectional teacher_forcing causal_cd salt; all of these; a "
                              "baseline (see baselines.py); or evaluate", "none")
     out: str = flag("runs/toy", "folder for checkpoints, metrics and pictures", "none")
@@ -153,7 +153,7 @@ WAN = dict(frames=21, height=60, width=104, chunk=3, batch=64, precision="bf16",
            train_shift=5.0, bidirectional_lr=1e-5, teacher_forcing_steps=20_000, teacher_forcing_lr=1e-5, guidance=3.0,
            trajectory_steps=5000, trajectory_lr=2e-6, trajectory_ema=0.99, dmd_steps=200, dmd_lr=2e-6, critic_lr=4e-7,
            critic_steps=5, dmd_ema=0.99, score_shift=5.0, score_guidance=4.0, save_every=20)
-PRESETS = {"toy": {}, "toy_large": {}, "wan1.3b": WAN, "wan14b": WAN}  # what --size changes of the defaults above
+PRESETS = {"toy": {}, "toy_large": {}, "wan_tiny": WAN, "wan1.3b": WAN, "wan14b": WAN}  # what --size changes of these
 
 
 def check(cfg: Config):
@@ -294,10 +294,10 @@ def run_stage(cfg, stage, most=sys.maxsize, until=float("inf")) -> int:
         same_settings(cfg, stage, weights, about_of(weights)["config"])
         say(f"{stage}: already trained, in {weights}")
         return 0
+    about = {"stage": stage, "size": cfg.size, "step": 0, "seconds": 0.0, "nonfinite": 0, "config": asdict(cfg),
+             "data": data_digest(cfg)}  # first: a wrong --data should not cost the time to load a model
     training = STAGES[stage].begin(cfg, start_of(cfg, stage))
     tensors = fsdp.state_of(training)
-    about = {"stage": stage, "size": cfg.size, "step": 0, "seconds": 0.0, "nonfinite": 0, "config": asdict(cfg),
-             "data": data_digest(cfg)}
     if found := fsdp.load(states, tensors):
         same_settings(cfg, stage, states, found["config"])
         if found["data"] != about["data"]:

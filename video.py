@@ -64,7 +64,7 @@ def read(path, frames=None, height=None, width=None, fps=None) -> np.ndarray:
         if value is not None and value <= 0:
             raise ValueError(f"got {name} {value}, expected more than 0: change --{name}")
     if not path.exists():
-        raise ValueError(f"got no file or folder {path}, expected a video: change --videos or --captions")
+        raise ValueError(f"got no file or folder {path}, expected a video or picture")
     decode = _folder if path.is_dir() else _pictures if path.suffix.lower() in PICTURES else _movie
     if decode is _movie:
         pyav()

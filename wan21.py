@@ -35,13 +35,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 import encoders
 import fsdp
 import prepare
-from model import SIZES, CausalWan, WanConfig, write_tensors
+from model import SIZES, CausalWan, WanConfig, save_readable, write_tensors
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights: names
@@ -135,8 +134,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
         names = [f"{below}{NAME}.safetensors{kind}" for below in ("", "transformer/") for kind in (".index.json", "")]
         found = [folder / name for name in names if (folder / name).is_file()]
         if not found:
-            raise ValueError(f"got {path} without any of {', '.join(names)}, expected the weights of Wan 2.1 there: "
-                             "change --weights, or the path, or name the file")
+            others = ", ".join(sorted(file.name for file in folder.glob("*.safetensors"))[:20])
+            raise ValueError(f"got the folder {path} without any of {', '.join(names)}, expected the weights of Wan "
+                             f"2.1 there: change --weights, or name a file{f' of it: {others}' if others else ''}")
         path = found[0]
     if path.suffix == ".json":
         return read_index(path), {}
@@ -248,7 +248,7 @@ def check_fit(config: WanConfig, weights: dict[str, Tensor], path) -> None:
     elif any(word in name for name in unexpected for word in IMAGE) or (
             len(patches) == 5 and patches[0] == config.dim and patches[1] > config.in_dim):
         hint = "it is an image-to-video model, expected a text-to-video one: change the file"
-    raise ValueError(f"got {path}, which does not fit the network: {'; '.join(counted)}; {hint}")
+    raise ValueError(f"got {path}, which does not fit the network: {hint}. In detail: {'; '.join(counted)}")
 
 
 def size_of(weights: dict[str, Tensor], path) -> str:
@@ -300,9 +300,10 @@ def write_diffusers(folder: Path, weights: dict[str, Tensor], config: WanConfig,
 def write_sharded(folder, weights, max_shard_bytes, dtype, config: dict):
     """Shards under other names, then all their own names, then the index and config.json: a folder never looks complete
     before it is."""
-    if there := sorted([*folder.glob(f"{NAME}*.safetensors*"), *folder.glob("config.json")]):
-        raise ValueError(f"got {there[0]}, which exists already, expected a folder without weights: move it away, or "
-                         "change OUT")
+    for place in (folder, folder.parent if folder.name == "transformer" else folder / "transformer"):
+        if there := sorted([*place.glob(f"{NAME}*.safetensors*"), *place.glob("config.json")]):
+            raise ValueError(f"got {there[0]}, which exists already, expected a folder without weights: move it away, "
+                             "or change OUT")
     shards, size, total = [[]], 0, 0
     for name, w in weights.items():
         nbytes = w.numel() * (dtype or w.dtype).itemsize
@@ -318,8 +319,8 @@ def write_sharded(folder, weights, max_shard_bytes, dtype, config: dict):
     folder.mkdir(parents=True, exist_ok=True)
     try:
         for path, names in zip(fresh, shards):
-            save_file({name: weights[name].detach().to("cpu", dtype).contiguous() for name in names}, path,
-                      {"format": "pt"})
+            save_readable({name: weights[name].detach().to("cpu", dtype).contiguous() for name in names}, path,
+                          {"format": "pt"})
             with open(path, "rb+") as f:
                 os.fsync(f.fileno())
         for path, file in zip(fresh, files):
@@ -364,11 +365,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def convert(src: Path, out: Path, layout: str, size: str, stage="bidirectional", part="", dtype="", flags=()) -> None:
     """Read weights in any layout and write them in another; flags: of train.py, to be recorded."""
-    if size not in SIZES:
+    if size and size not in SIZES:
         raise ValueError(f"got --size {size}, expected one of {', '.join(SIZES)}")
     if flags and layout != "own":
         raise ValueError(f"got {' '.join(flags)}, expected no such flag with --layout {layout}, which records none")
     weights, found = read_weights(src, part)
+    size = size or found.get("size") or size_of(weights, src)
     check_fit(SIZES[size], weights, src)
     dtype, source = DTYPES[dtype] if dtype else None, {"path": str(src), **found}
     if layout == "official":
@@ -404,9 +406,9 @@ def parse(argv=None) -> tuple[argparse.Namespace, list[str]]:
     p.add_argument("src", type=Path, help="a file or folder in any layout")
     p.add_argument("out", type=Path, help="folder to write to")
     p.add_argument("--layout", choices=("own", "official", "diffusers"), default="own", help="(default: own)")
-    p.add_argument("--size", default="wan1.3b", help="the network, as in train.py (default: wan1.3b)")
-    p.add_argument("--stage", default="bidirectional", help="own: the stage of train.py that the weights stand for "
-                                                            "(default: bidirectional)")
+    p.add_argument("--size", default="", help="the network, as in train.py (default: found by shape)")
+    p.add_argument("--stage", default="bidirectional", help="own: the stage of train.py that the weights stand for; "
+                   "its flags --chunk, --frames ... may follow, to be recorded (default: bidirectional)")
     p.add_argument("--part", default="", help="of a .pt, the network to take (default: the averaged one)")
     p.add_argument("--dtype", choices=tuple(DTYPES), default="", help="cast to (default: as in the file)")
     p = commands.add_parser("encode-prompts", help="a text file of prompts to their embeddings", allow_abbrev=False)
@@ -438,3 +440,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as e:
         sys.exit(f"{type(e).__name__}: {e}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; what was finished is kept, NAME.writing can be deleted, and the same command goes on")

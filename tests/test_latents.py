@@ -12,6 +12,7 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 import data
+from model import write_tensors
 
 SHAPE, TEXT = (4, 2, 3, 5), (6, 7)  # f c h w, l d
 COUNTS = (5, 4, 3)  # samples in the shards a, b and c
@@ -277,7 +278,7 @@ def test_a_write_cut_short_leaves_the_old_shard(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     write(tmp_path)
-    monkeypatch.setattr(data, "save_file", killed)
+    monkeypatch.setattr(data, "save_readable", killed)
     for name in "ad":
         with pytest.raises(KeyboardInterrupt):
             data.write_shard(tmp_path / f"{name}.safetensors", [sample(0)])
@@ -327,3 +328,11 @@ def test_files_are_memory_mapped(tmp_path):
     assert done.returncode == 0, done.stderr
     opened, drawn, peak = map(float, done.stdout.split())
     assert opened < 4 and drawn < 32 and peak < 48, f"MB: {opened} by opening, {drawn} by a draw, {peak} at most"
+
+
+def test_files_have_the_usual_rights(tmp_path):
+    """Bug: latents and weights that colleagues on a cluster cannot read, as safetensors makes them."""
+    (tmp_path / "usual").touch()
+    data.write_shard(tmp_path / "a.safetensors", [{"text": torch.zeros(1, 4), "caption": ""}])
+    write_tensors(tmp_path / "b.safetensors", {"x": torch.zeros(1)}, {})
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1

@@ -115,7 +115,7 @@ def encode(pixels, seen=[]):
     return killed() if len(seen) == {clip} else encode_clip(pixels)
 
 if not {clip}:
-    save_file, data.save_file = data.save_file, lambda x, path, about: (
+    save_file, data.save_readable = data.save_readable, lambda x, path, about: (
         killed(open(path, "wb").write(b"half a file")) if "00001" in str(path) else save_file(x, path, about))
 prepare.prepare({videos!r}, {captions!r}, {out!r}, encode, encode_text, **HOW)
 """

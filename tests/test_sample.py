@@ -105,7 +105,7 @@ def test_a_public_student_goes_chunk_by_chunk(wan, net, tmp_path, capsys):
     x0 = by_hand(net, text_of(wan, FOX), 3, chunks=2)
     close(latents_in(out), x0, 1e-5)
     said = capsys.readouterr()
-    assert "cm, chunks of 3, window 21" in said.out and "[1.0, 0.8333]" in said.out
+    assert "cm, guidance 1.0, chunks of 3, window 21" in said.out and "[1.0, 0.8333]" in said.out
     assert re.search(r"--steps 2.*a public student.*rule for 4;", said.err) and "--first-steps" in said.err
     (folder,) = student(wan, "--prompt", FOX, "--frames", 6, "--seed", 3, "--out", tmp_path / "png", "--format", "png")
     whole = encoders.StreamDecoder(encoders.load_vae(wan)).decode(latents_in(out))[0]
@@ -123,7 +123,7 @@ def test_a_sample_depends_on_its_seed_and_prompt_alone(wan, tmp_path):
     for batch in (1, 3):
         student(wan, "--prompts", prompts, "--samples", 2, "--frames", 3, "--batch", batch, "--format", "latents",
                 "--out", tmp_path / str(batch), "--seed", 5)
-    names = sorted(path.name for path in (tmp_path / "1").iterdir())
+    names = sorted(path.name for path in (tmp_path / "1").glob("*.safetensors"))
     assert names == ["0000_a-fox-runs-through-the-snow_seed5.safetensors",
                      "0000_a-fox-runs-through-the-snow_seed6.safetensors",
                      "0001_a-red-ball-a-dog_seed5.safetensors", "0001_a-red-ball-a-dog_seed6.safetensors"]
@@ -243,17 +243,19 @@ def test_vbench_names_and_going_on_after_a_stop(wan, tmp_path, monkeypatch):
         student(wan, *words, "--preview")
     names = [f"{prompt}-{i}" for prompt in (FOX, BALL) for i in (0, 1)]
     there = {path.name: path.read_bytes() for path in (tmp_path / "videos").iterdir()}
-    assert set(there) == {f"{names[0]}.mp4", f"{names[1]}.mp4", f"{names[2]}-unfinished.mp4"}
+    assert set(there) == {f"{names[0]}.mp4", f"{names[1]}.mp4", f"{names[2]}-unfinished.mp4", "sample.json"}
     monkeypatch.setattr(CausalWan, "forward", real)
     assert len(student(wan, *words, "--preview")) == 2
-    assert {path.name for path in (tmp_path / "videos").iterdir()} == {f"{name}.mp4" for name in names}
+    assert {path.name for path in (tmp_path / "videos").glob("*.mp4")} == {f"{name}.mp4" for name in names}
     for name in names[:2]:
         assert (tmp_path / "videos" / f"{name}.mp4").read_bytes() == there[f"{name}.mp4"]
     assert student(wan, *words, "--preview") == []
+    with pytest.raises(ValueError, match="--frames 3, expected 6, as for the clips in .*another --out"):
+        student(wan, *words, "--preview", "--frames", 3)
 
 
 @pytest.mark.parametrize("words, message", [
-    (("--prompt", FOX, "--chunk", 3, "--frames", 6), "--chunk 3.*made as a rule for 21; else expect noise"),
+    (("--prompt", FOX, "--chunk", 3, "--frames", 6), "--chunk 3.*made as a rule for 21; expect noise"),
     (("--prompt", FOX, "--frames", 3, "--solver", "cm"), "--solver cm.*rule for euler"),
     (("--prompt", FOX, "--frames", 3, "--guidance", 1), "--guidance 1.*rule for 6.0"),
     (("--prompt", FOX, "--frames", 3, "--steps", 2), "--steps 2.*multi-step teacher"),

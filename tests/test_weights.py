@@ -262,7 +262,7 @@ def test_a_failed_write_loses_nothing(tmp_path, monkeypatch, shard):
         wan21.write_own(tmp_path / "c", new, {"stage": "salt"})
     assert equal(wan21.read_weights(tmp_path / "c" / "salt.safetensors")[0], old)
 
-    real, written = wan21.save_file, []
+    real, written = wan21.save_readable, []
 
     def full_disk(tensors, path, metadata):
         if written or shard > 1e6:
@@ -271,7 +271,7 @@ def test_a_failed_write_loses_nothing(tmp_path, monkeypatch, shard):
         written.append(path)
         real(tensors, path, metadata)
 
-    monkeypatch.setattr(wan21, "save_file", full_disk)
+    monkeypatch.setattr(wan21, "save_readable", full_disk)
     with pytest.raises(OSError, match="no space"):
         wan21.write_official(tmp_path / "d", new, TINY, shard)
     assert list((tmp_path / "d").iterdir()) == []
