@@ -21,7 +21,7 @@ import sample  # noqa: E402
 import wan21  # noqa: E402
 from flowmap import Guided, euler, schedule  # noqa: E402
 from model import SIZES, CausalWan  # noqa: E402
-from rollout import recache, stream  # noqa: E402
+from rollout import grids, recache, stream  # noqa: E402
 
 FOX, BALL = "a fox runs through the snow", "a red ball , a dog"
 SIZE = ("--height", 64, "--width", 48)
@@ -115,6 +115,37 @@ def test_a_public_student_goes_chunk_by_chunk(wan, net, tmp_path, capsys):
         assert (image.n_frames, image.size) == (6, (24, 32))  # a picture per latent frame
 
 
+def test_the_first_chunk_has_its_extra_steps(wan, net, tmp_path):
+    """Bug: a first chunk of as few steps as the others (CF++ Sec. 4)."""
+    out, text, (grid, first_grid) = tmp_path / "fox.safetensors", text_of(wan, FOX), grids(2, 5.0, 4)
+    run("--weights", wan / "student.pt", "--steps", 2, *SIZE, "--prompt", FOX, "--frames", 6, "--out", out)
+    with torch.no_grad():
+        want = torch.cat([c.x0 for c in stream(net, noise_of(0, 3), text, grid, chunks=2, first_grid=first_grid)], 1)
+    close(latents_in(out), want, 1e-5)
+
+
+def test_settings_that_a_checkpoint_has_recorded():
+    """Bug: a whole-clip student with a first chunk's extra steps, which would be all its steps; a student of a window
+    sampled with another sink; converted Wan weights sampled as a teacher of train.py; 14B as 1.3B."""
+    config = dict(first_steps=4, window=0, sink=0, mixed_steps=(2, 4, 8), guidance=3.0, chunk=3, frames=21, shift=5.0,
+                  height=60, width=104)
+
+    def of(size="wan1.3b", layout="own", stage="dmd4", causal=True, few_step=True, source=None, **changes):
+        about = dict(layout=layout, stage=stage, causal=causal, few_step=few_step, solver="cm", size=size,
+                     config=config | changes)
+        return sample.trained_for(about | ({"source": source} if source else {}), size)
+
+    assert of()["first_steps"] == 4 and of()["sink"] == 1 and of()["chunk"] == 3 and of()["guidance"] == 1
+    assert of(causal=False)["first_steps"] == 1 and of(causal=False)["chunk"] == 21
+    assert of(window=4, sink=0)["sink"] == 0 and of(window=4, sink=2)["sink"] == 2
+    teacher = of(stage="bidirectional", causal=False, few_step=False)
+    assert (teacher["steps"], teacher["guidance"], teacher["first_steps"]) == (40, 3.0, 1)
+    converted = of(stage="bidirectional", causal=False, few_step=False, source={"layout": "official"})
+    assert converted == of(layout="official") == of(layout="diffusers")
+    assert (converted["steps"], converted["shift"], converted["guidance"]) == (50, 8.0, 6.0)
+    assert (of("wan14b", "official")["shift"], of("wan14b", "official")["guidance"]) == (5.0, 5.0)
+
+
 def test_a_sample_depends_on_its_seed_and_prompt_alone(wan, tmp_path):
     """Bug: noise drawn for a batch, so that another batch size or order of prompts gives other clips; samples of a
     prompt that are equal."""
@@ -157,6 +188,10 @@ def test_image_to_video_and_going_on(wan, net, tmp_path):
     longer = tmp_path / "longer.safetensors"
     student(wan, "--prompt", FOX, "--frames", 3, "--continue", folder, "--out", longer)  # from its pictures
     assert latents_in(longer).shape[1] == 7 + 3
+    for path in sorted(folder.glob("*.png"))[:-7]:  # 7 pictures are left, of which the VAE takes the last 5
+        path.unlink()
+    student(wan, "--prompt", FOX, "--frames", 3, "--continue", folder, "--out", longer)
+    close(latents_in(longer)[:, :2], encoders.encode(vae, pictures_in(folder)[None, 2:]), 1e-5)
 
 
 def test_a_clip_that_is_continued_is_the_one_that_never_stopped(wan, tmp_path):
