@@ -154,9 +154,12 @@ def with_defaults(args, about: dict, size: str):
     if not causal and args.chunk is None:  # a clip at once
         args.frames = expected["chunk"] = args.frames or trained["frames"] - bool(args.image)
         expected["window"] = None
+    slides = causal and args.window is None
     for name, value in expected.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if slides:  # at least over the chunk before, however short the training's clips were
+        args.window = expected["window"] = max(args.window, args.sink + args.chunk)
     if args.frames is None:
         args.frames = 24 if toy else (trained["frames"] - bool(args.image)) // args.chunk * args.chunk
     defaults = {"batch": len(data.PROMPTS) if toy else 1, "text_device": args.device,

@@ -146,6 +146,13 @@ def test_settings_that_a_checkpoint_has_recorded():
     assert (of("wan14b", "official")["shift"], of("wan14b", "official")["guidance"]) == (5.0, 5.0)
 
 
+def test_a_window_that_must_be_given_room(wan, tmp_path):
+    """Bug: the default sink and a larger chunk do not fit the default window, and that is an error."""
+    out = tmp_path / "x.safetensors"
+    student(wan, "--prompt", FOX, "--chunk", 21, "--frames", 42, "--out", out)
+    assert latents_in(out).shape[1] == 42
+
+
 def test_a_sample_depends_on_its_seed_and_prompt_alone(wan, tmp_path):
     """Bug: noise drawn for a batch, so that another batch size or order of prompts gives other clips; samples of a
     prompt that are equal."""
