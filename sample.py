@@ -154,6 +154,7 @@ def with_defaults(args, about: dict, size: str):
     if not causal and args.chunk is None:  # a clip at once
         args.frames = expected["chunk"] = args.frames or trained["frames"] - bool(args.image)
         expected["window"] = None
+    need(args.chunk is None or args.chunk >= 1, args, "chunk", "at least 1")
     slides = causal and args.window is None
     for name, value in expected.items():
         if getattr(args, name) is None:
