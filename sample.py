@@ -129,8 +129,8 @@ def trained_for(about: dict, size: str) -> dict:
     """The settings that weights were made for, as they record them or as is usual for their layout."""
     if about["layout"] == "pt":
         return STUDENT
-    if about["layout"] != "own" or about.get("stage") == "bidirectional" and "source" in about:  # Wan's, also converted
-        return WAN_SMALL if size == "wan1.3b" else WAN  # as released, or by wan21.py convert
+    if about["layout"] != "own" or about.get("stage") == "bidirectional" and "source" in about:  # also when converted
+        return WAN_SMALL if size == "wan1.3b" else WAN
     if "causal" not in about:
         raise ValueError("got no finished stage's checkpoint, expected a file STAGE.safetensors that train.py left: "
                          "change --weights")
@@ -155,7 +155,7 @@ def with_defaults(args, about: dict, size: str):
         args.frames = expected["chunk"] = args.frames or trained["frames"] - bool(args.image)
         expected["window"] = None
     need(args.chunk is None or args.chunk >= 1, args, "chunk", "at least 1")
-    slides = causal and args.window is None
+    slides = args.window is None and expected["window"] is not None
     for name, value in expected.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -280,8 +280,9 @@ def samples_of(args, prompts) -> list[Sample]:
 
 def same_settings(args, new: bool):
     """Clips are added to a folder only with the settings of those that are there; sample.json keeps them."""
-    path, free = args.out / "sample.json", ("prompt", "prompts", "samples", "seed", "out", "format", "vbench", "wan",
-                                            "device", "text_device", "compile", "batch", "prompt_embeds")
+    path, free = args.out / "sample.json", {"prompt", "prompts", "samples", "seed", "out", "format", "vbench", "wan",
+                                            "device", "text_device", "compile", "batch", "prompt_embeds"}
+    free -= {"seed"} if args.vbench else set()  # which VBench's names do not tell
     now = {k: str(v) for k, v in vars(args).items() if k not in free}
     if not new and path.exists():
         then = json.loads(path.read_text())

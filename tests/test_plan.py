@@ -23,6 +23,7 @@ def layouts(net, x, t, text):
     yield "teacher forcing", lambda: net(x, t, text, chunk=1, clean=x)
     yield "rollout", lambda: net(x[:, :1], t[:, :1], text, cache=cache)
     yield "commit", lambda: net.append(cache, x[:, :1], text)
+    yield "commit on the way", lambda: net(x[:, :1], t[:, :1], text, cache=cache, clean=x[:, 1:3])
     yield "features", lambda: net(x, t, text, until=1)
 
 

@@ -151,6 +151,8 @@ def test_a_window_that_must_be_given_room(wan, tmp_path):
     out = tmp_path / "x.safetensors"
     student(wan, "--prompt", FOX, "--chunk", 21, "--frames", 42, "--out", out)
     assert latents_in(out).shape[1] == 42
+    run("--weights", wan, "--prompt", FOX, "--steps", 1, "--chunk", 21, *SIZE, "--out", out)
+    assert latents_in(out).shape[1] == 21
 
 
 def test_a_sample_depends_on_its_seed_and_prompt_alone(wan, tmp_path):
@@ -294,6 +296,8 @@ def test_vbench_names_and_going_on_after_a_stop(wan, tmp_path, monkeypatch):
     assert student(wan, *words, "--preview") == []
     with pytest.raises(ValueError, match="--frames 3, expected 6, as for the clips in .*another --out"):
         student(wan, *words, "--preview", "--frames", 3)
+    with pytest.raises(ValueError, match="--seed 1, expected 0"):
+        student(wan, *words, "--preview", "--seed", 1)
 
 
 @pytest.mark.parametrize("words, message", [

@@ -398,6 +398,13 @@ def test_checkpoints_missing_truncated_or_of_another_stage(run, tmp_path):
         assert ran.returncode == 1 and ran.stderr.splitlines()[-1].startswith("ValueError: ") and words[0] in ran.stderr
 
 
+def test_wrong_data_is_found_before_a_model_is_built(tmp_path, monkeypatch):
+    """Bug: half a minute and 19 GB for the news that the folder of --data is not there."""
+    monkeypatch.setattr(stages, "build", None)
+    with pytest.raises(ValueError, match="--data"):
+        train.main(config(tmp_path, stage="bidirectional", data=str(tmp_path / "nowhere")))
+
+
 def test_half_trained_stage_refuses_other_settings(tmp_path):
     """Bug: a run that goes on with another seed or learning rate and calls it the same."""
     train.main(config(tmp_path, stage="bidirectional", stop_after="2"))
