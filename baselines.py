@@ -39,7 +39,7 @@ import dmd
 import fsdp
 import sc_loss
 from causal_cd import draw_index, ode_loss, pcm_loss, rcm_loss, trajectory
-from flowmap import add_noise, renoise, schedule, to_x0, warp
+from flowmap import add_noise, like, renoise, schedule, to_x0, warp
 from model import about_of, read_tensors, write_tensors
 from stages import (
     CLIPS,
@@ -82,14 +82,15 @@ def clips_for(cfg, step, part, which):
     return batch(cfg, "dmd", step * (1 + cfg.critic_steps) + which, part)
 
 
-def denoised(net, x_t, t: float, text, **layout) -> tuple[Tensor, Tensor]:
-    """x_0 = x_t - t v and v, at one time for all."""
-    v = net(x_t, torch.full(x_t.shape[:2], t, device=x_t.device), text, **layout)
+def denoised(net, x_t, t, text, **layout) -> tuple[Tensor, Tensor]:
+    """x_0 = x_t - t v and v. t: a float, or a time for every clip, `b`."""
+    v = net(x_t, like(t, x_t[:, :, 0, 0, 0]).expand(x_t.shape[:2]), text, **layout)
     return to_x0(x_t, v, t), v
 
 
 def from_noised_clips(cfg, net, grid, with_sc=False):
-    """make(step, part, which, g): denoise a noised real clip at a time of the grid (as Salt; no backward simulation).
+    """make(step, part, which, g): denoise noised real clips, each at its own time of the grid (as Salt; no backward
+    simulation).
 
     with_sc adds L_SC from there: ts is that time, tm from the same grid, te from the grid of half as many steps.
     """
@@ -97,18 +98,15 @@ def from_noised_clips(cfg, net, grid, with_sc=False):
 
     def make(step, part, which, g):
         x0, text = clips_for(cfg, step, part, which)
-        k = int(torch.randint(len(grid), (), generator=g))
-        ts, terms = grid[k].item(), {}
-        x_t = add_noise(x0, noise_like(cfg, "dmd", step, part, x0.shape[1:], NOISE, which), ts)
-        x0_made, v = denoised(net, x_t, ts, text)
-        tm_te = None
+        ts, terms = grid[torch.randint(len(grid), (cfg.batch,), generator=g)], {}
+        x_t = add_noise(x0, noise_like(cfg, "dmd", step, part, x0.shape[1:], NOISE, which), ts[part])
+        x0_made, v = denoised(net, x_t, ts[part], text)
         if with_sc and which == 0 and cfg.lambda_sc > 0:
-            tm_te = sc_loss.draw_triple(ts, grid, infer_grid, draws(cfg, "dmd", step, TRIPLE))
-        if tm_te:
             def velocity(x, t):
                 return denoised(net, x, t, text)[1]
-            terms["sc"] = sc_loss.sc_loss(velocity, x_t, v, ts, *tm_te, cfg.sc_through)[0]
-        return Made(part, x0_made, text, terms, drawn={"exit_step": k})
+            tm, te = sc_loss.draw_triples(ts, grid, infer_grid, draws(cfg, "dmd", step, TRIPLE))
+            terms["sc"] = sc_loss.sc_loss(velocity, x_t, v, ts[part], tm[part], te[part], cfg.sc_through)[0]
+        return Made(part, x0_made, text, terms)
 
     return make
 
@@ -127,7 +125,8 @@ def simulated(net, noise: Tensor, grid: Tensor, exit_step: int, text, **layout) 
 
 
 def from_own_states(cfg, net, grid):
-    """make(step, part, which, g): denoise a state of the student's own path from noise (backward simulation on)."""
+    """make(step, part, which, g): denoise a state of the student's own path from noise (backward simulation on). One
+    exit step for all clips, as in DMD2: it says how many forwards there are."""
 
     def make(step, part, which, g):
         exit_step = int(torch.randint(len(grid), (), generator=g))
@@ -182,7 +181,7 @@ def scfm(cfg, start) -> Training:
         x0, text = batch(cfg, "trajectory", step, part)
         return dense_shortcut(cfg, "trajectory", step, part, net, ema, teacher, x0, text)
 
-    return regression(cfg, "trajectory", net, ema, loss_of, cfg.trajectory_ema)
+    return regression(cfg, "trajectory", net, ema, loss_of)
 
 
 def dense_shortcut(cfg, kind, step, part, net, ema, teacher, x0, text):
@@ -220,12 +219,12 @@ def pcm(cfg, start) -> Training:
         index = draw_index(cfg.batch, cfg.frames, cfg.frames, len(grid), draws(cfg, "trajectory", step))[part]
         return pcm_loss(net, ema, teacher, x0, text, grid, edges, index, eps)
 
-    return regression(cfg, "trajectory", net, ema, loss_of, cfg.trajectory_ema)
+    return regression(cfg, "trajectory", net, ema, loss_of)
 
 
 def rcm(cfg, start) -> Training:
     """rCM (Salt Tab. 2): continuous-time consistency by JVP, and DMD on the student's own states as its regulariser.
-    Written as L_DMD + lambda_rcm L_CD."""
+    Written as L_DMD + lambda_rcm L_CD, with rCM's weights (100 on CD and 1 on DMD, which it writes without our 1/2)."""
     net, ema, teacher, critic = alike(cfg, start, "bidirectional")
     real = guide(cfg, teacher, cfg.score_guidance)
 
@@ -302,7 +301,7 @@ def on_trajectories(cfg, stage, start, layout_of) -> Training:
         index = draw_index(cfg.batch, cfg.frames, cfg.chunk, 4 if "clean" in layout else 5, g)[part].to(cfg.device)
         return ode_loss(net, states, times, index, text, **layout)
 
-    return regression(cfg, "trajectory", net, ema, loss_of, cfg.trajectory_ema, cost)
+    return regression(cfg, "trajectory", net, ema, loss_of, cost)
 
 
 def bidirectional_ode(cfg, start) -> Training:

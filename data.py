@@ -287,7 +287,8 @@ def read_shard(path: Path) -> list[dict]:
 
 
 def write_null(path: Path, text: Tensor) -> None:
-    """Write null.safetensors of a LatentFolder: text `l d`, the embedding of no prompt or of the negative prompt."""
+    """Write null.safetensors or empty.safetensors of a LatentFolder: text `l d`, the embedding of what guidance leads
+    away from (the negative prompt, or the empty one), or of the empty prompt."""
     _write(path, {"text": text}, {})
 
 
@@ -341,11 +342,12 @@ class LatentFolder:
 
     in any floating point dtype. crc32 is zlib.crc32 of a sample's bytes, first those of its latents, then those of its
     text, as they lie in the file. A folder for stages that need no video has no latents in any shard (prompts-only).
-    One more file, `null.safetensors`, holds the tensor `text` (`l d`): no prompt, or the negative prompt, embedded.
+    Two more files hold a tensor `text` (`l d`): `null.safetensors` what guidance leads away from, the negative prompt
+    (or the empty one), embedded; `empty.safetensors`, needed for --prompt-dropout alone, the empty prompt.
     To convert a data set, write a shard for every few hundred clips; then read them back:
 
         data.write_shard("videos/0000.safetensors", [{"latents": x0, "text": text, "caption": "a cat"}, ...])
-        data.write_null("videos/null.safetensors", text_of_no_prompt)
+        data.write_null("videos/null.safetensors", text_of_negative_prompt)
         x0, text = data.LatentFolder("videos", (21, 16, 60, 104), (512, 4096)).clips(range(8), seed)
 
     shape: (f, c, h, w) wanted; longer clips are cut to their first f frames. text_shape: (l, d) wanted; shorter texts
@@ -369,7 +371,7 @@ class LatentFolder:
         self.captions, self.skipped, self.has_latents = [], 0, None
         self._samples, self._bad, self._files, self._identity = [], set(), {}, []
         for shard in sorted(self.path.glob("*.safetensors")):
-            if shard.name == "null.safetensors":
+            if shard.name in ("null.safetensors", "empty.safetensors"):
                 continue
             try:
                 captions, crcs, has_latents = self._header(shard)
@@ -407,15 +409,24 @@ class LatentFolder:
 
     @cached_property
     def null_text(self) -> Tensor:
-        """The embedding of no prompt, or of the negative prompt, float32 `l d`. ValueError if it cannot be read."""
-        path = self.path / "null.safetensors"
+        """The embedding of what guidance leads away from, float32 `l d`. ValueError if it cannot be read."""
+        return self._text_in("null.safetensors", "of the empty or the negative prompt, for guidance: write it with "
+                             "data.write_null, or change --data")
+
+    @cached_property
+    def empty_text(self) -> Tensor:
+        """The embedding of the empty prompt, float32 `l d`. ValueError if it cannot be read."""
+        return self._text_in("empty.safetensors", "of the empty prompt, with which clips are trained whose prompt is "
+                             "dropped: write it with data.write_null, or give --prompt-dropout 0")
+
+    def _text_in(self, name, expected):
+        path = self.path / name
         try:
             with safe_open(path, "pt") as f:
                 self._check(f"text in {path}", "text", f.get_slice("text"))
                 return self._padded(finite(f.get_tensor("text")))
         except (SafetensorError, OSError) as e:
-            raise ValueError(f"got no readable {path} ({e}), expected the embedding `l d` of the empty or the negative "
-                             "prompt, for guidance: write it with data.write_null, or change --data") from e
+            raise ValueError(f"got no readable {path} ({e}), expected the embedding `l d` {expected}") from e
 
     def digest(self) -> str:
         """A short hex string of the shards' names, sizes, sample counts and checksums: equal for equal data."""

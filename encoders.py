@@ -236,23 +236,25 @@ def encode_prompts(prompts: Path, out: Path, folder: Path, device="cpu", batch: 
                    negative: str = NEGATIVE_PROMPT) -> int:
     """Encode a text file of prompts, one a line, to a prompts-only shard of data.LatentFolder, in bf16.
 
-    out: a new `.safetensors` file. Beside it goes null.safetensors, the embedding of `negative`, unless it is there.
-    folder: see load_text_encoder. batch: prompts at a time. Returns how many were written. All embeddings are held in
+    out: a new `.safetensors` file. Beside it go null.safetensors, the embedding of `negative`, and empty.safetensors,
+    that of the empty prompt, unless they are there. folder: see load_text_encoder. batch: prompts at a time. Returns how many were written. All embeddings are held in
     memory until then (8 kB a token): give a few thousand prompts a file. ValueError if there is no prompt, `out` exists
     or has another ending.
     """
     out = Path(out)
-    null = out.with_name("null.safetensors")
-    if out.suffix != ".safetensors" or out == null:
-        raise ValueError(f"got the output {out}, expected a name that ends in .safetensors, other than {null.name}")
+    others = {out.with_name("null.safetensors"): negative, out.with_name("empty.safetensors"): ""}
+    if out.suffix != ".safetensors" or out in others:
+        raise ValueError(f"got the output {out}, expected a name that ends in .safetensors, other than "
+                         f"{' and '.join(path.name for path in others)}")
     if out.exists():
         raise ValueError(f"got {out}, which is there already, expected a new file: change its name, or move it away")
     if batch < 1:
         raise ValueError(f"got a batch of {batch} prompts, expected 1 or more: change --batch")
     lines = read_prompts(prompts)
     encoder = load_text_encoder(folder, device)
-    if not null.exists():
-        data.write_null(null, encoder.encode([negative])[0].bfloat16())
+    for path, prompt in others.items():
+        if not path.exists():
+            data.write_null(path, encoder.encode([prompt])[0].bfloat16())
     texts = []
     for start in tqdm(range(0, len(lines), batch), desc="prompts", unit="batch"):
         texts += [text.bfloat16().cpu() for text in encoder.encode(lines[start:start + batch])]
@@ -272,9 +274,10 @@ def read_prompt_embeds(path: Path) -> tuple[list[str], list[Tensor]]:
         raise ValueError(f"{e}, such as wan21.py encode-prompts makes: change --prompt-embeds") from e
 
 
-def read_null(path: Path) -> Tensor:
-    """The embedding of the negative prompt, float32 `l d`, in the null.safetensors beside a file of prompts."""
-    path = Path(path).with_name("null.safetensors")
+def read_null(path: Path, name: str = "null.safetensors") -> Tensor:
+    """The embedding of the negative prompt, float32 `l d`, in the null.safetensors beside a file of prompts; or that of
+    the empty one, in empty.safetensors."""
+    path = Path(path).with_name(name)
     try:
         with safe_open(path, "pt") as f:
             return data.finite(f.get_tensor("text"))

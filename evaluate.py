@@ -45,7 +45,7 @@ def generate(cfg, stage, net, steps, prompts, noise) -> Tensor:
     """Clips as this stage's model samples them. prompts `b`; noise `b K f c h w` as in rollout.shared_noise."""
     text, how, grid = data.embed(prompts).to(cfg.device), STAGES[stage], schedule(steps, cfg.shift)
     if how.causal and how.few_step:
-        return self_rollout(cfg, net, text, noise, steps, steps - 1)[0]
+        return self_rollout(cfg, net, text, noise, steps)[0]
     if not how.few_step:
         net, noise = Guided(net, null_text(cfg), cfg.guidance), noise[:, :1]
     if how.causal:

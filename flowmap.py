@@ -16,6 +16,8 @@ Everything takes a callable `velocity(x, t)` or plain tensors. t may be a float 
 axes of x: `b f` per frame, `b` per sample, or a scalar. Times stay in float32 or better, whatever the latents' dtype.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -92,21 +94,38 @@ class Guided:
         self.net.append(cache, torch.cat([x0, x0]), self.both(text))
 
 
-def squared_error(a: Tensor, b: Tensor) -> Tensor:
-    """Mean of (a - b)^2, in float32 or better."""
+def squared_error(a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean of (a - b)^2, in float32 or better; with a weight whose axes are the leading axes of a, of weight (a - b)^2.
+    """
     a, b = (x if x.dtype == torch.float64 else x.float() for x in (a, b))
-    return (a - b).square().mean()
+    error = (a - b).square()
+    return error.mean() if weight is None else (like(weight, error) * error).mean()
 
 
-def flow_matching_loss(net, x0: Tensor, text: Tensor, t: Tensor, eps: Tensor, **layout) -> tuple[Tensor, dict]:
-    """E || v(x_t, t) - (eps - x_0) ||^2: the loss of every diffusion model here.
+def flow_matching_loss(net, x0: Tensor, text: Tensor, t: Tensor, eps: Tensor, weight: Tensor | None = None,
+                       **layout) -> tuple[Tensor, dict]:
+    """E w(t) || v(x_t, t) - (eps - x_0) ||^2: the loss of every diffusion model here.
 
     Bidirectional without a layout; teacher forcing (CF++ Stage 1) with chunk=n, clean=x0; the critic of dmd.py on
-    generated clips. x0, eps: `b f c h w`; t: `b f`. Gradient flows into net only (x0 is data).
+    generated clips. x0, eps: `b f c h w`; t: `b f`; weight: `b f`, 1 if not given. Gradient flows into net only (x0 is
+    data).
     """
     v = net(add_noise(x0, eps, t), t, text, **layout)
-    loss = squared_error(v, eps - x0)
+    loss = squared_error(v, eps - x0, weight)
     return loss, {"flow_matching": loss.detach()}
+
+
+def bell_weight(t: Tensor, shift: float) -> Tensor:
+    """The weight of Stage 1's loss in Causal Forcing's code, `training_weight`: a bell around t = 1/2, 0 at 0 and 1,
+
+        w(t) = (exp(-2 (t - 1/2)^2) - exp(-1/2)) / Z,     of mean 1 over the times warp(u; shift), u = 1, .999, ..., .001
+
+    so that noise (t = 1) teaches nothing. t and w `...`.
+    """
+    def bell(t):
+        return torch.exp(-2 * (t - 0.5) ** 2) - math.exp(-0.5)
+
+    return bell(t) / bell(schedule(1000, shift)).mean().item()
 
 
 def sample(velocity, noise: Tensor, grid: Tensor, solver: str = "euler") -> Tensor:

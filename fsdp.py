@@ -7,9 +7,11 @@
 Every rank holds a slice of each weight, its gradient and its optimizer state (fp32), and gathers a block's weights just
 before it needs them (in bf16, if --precision says so); gradients are averaged in fp32. A rank computes its own part of
 the global batch. What it draws depends on (seed, step, index in the global batch) alone, so ranks need not talk about
-draws; but if one ever took another path than the rest, all would wait for each other for ever. So before every forward
-of a sharded network the ranks `agree`: each says what it is about to run, and if two differ, or one says nothing for
---timeout seconds, all stop with a message.
+draws; but if one ever took another path than the rest, all would wait for each other for ever, or go on with mixed-up
+weights. So ranks `agree`: each says what it is about to do, and if two differ, or one says nothing for --timeout
+seconds, all stop with a message. They do so a few times per update: where the length of a rollout is drawn, and where
+metrics are averaged, which also compares all forwards since then. With --check-ranks they agree before every forward: a
+wait for the slowest rank each time, but the message then names the first forward that differs.
 
 A plain `python train.py` in fp32 has no ranks: then shard leaves the network whole, and the rest does nothing.
 """
@@ -49,9 +51,11 @@ class Control:
     store: dist.Store
     mesh: dist.DeviceMesh
     timeout: float  # seconds
-    calls: int = 0  # of agree, so far
+    every_forward: bool  # agree before each
+    announced: int = 0  # by `announce`, so far
     networks: int = 0  # sharded so far
     last: str = "the start"  # what the last of them was about
+    forwards: int = 0  # checksum of all that this rank has run since it last agreed
 
 
 control: Control | None = None  # of this process; None: there are no ranks
@@ -62,11 +66,11 @@ class RankError(RuntimeError):
 
 
 @contextmanager
-def setup(device: str, precision: str, shard_over: int, timeout: float):
+def setup(device: str, precision: str, shard_over: int, timeout: float, every_forward: bool = False):
     """Join the other ranks for as long as the context lasts. Without torchrun one rank, and for fp32 none at all.
 
     shard_over: how many ranks share one copy of the weights; 0: all ranks of a node, so that several nodes hold a copy
-    each (HSDP). timeout: seconds after which a rank that says nothing counts as lost.
+    each (HSDP). timeout: seconds after which a rank that says nothing counts as lost. every_forward: agree before each.
     """
     global control
     launched, cuda = "RANK" in os.environ, device.startswith("cuda")
@@ -94,7 +98,7 @@ def setup(device: str, precision: str, shard_over: int, timeout: float):
                              "--shard-over")
         mesh = init_device_mesh("cuda" if cuda else "cpu", (size // shard_over, shard_over),
                                 mesh_dim_names=("copies", "shards"))
-        control = Control(dist.new_group(backend="gloo", timeout=patience), store, mesh, timeout)
+        control = Control(dist.new_group(backend="gloo", timeout=patience), store, mesh, timeout, every_forward)
         yield
     except RuntimeError as e:
         lost = isinstance(e, RankError)
@@ -172,7 +176,7 @@ def shard(net: nn.Module, precision: str, gather: str) -> nn.Module:
         known = {k: tuple(v.shape) if isinstance(v, Tensor) else v if isinstance(v, int) else "" for k, v in
                  layout.items()}
         shapes = [tuple(x.shape) for x in args if isinstance(x, Tensor)]
-        agree(f"{name} on {shapes} {known}, {'with' if torch.is_grad_enabled() else 'without'} gradient")
+        note(f"{name} on {shapes} {known}, {'with' if torch.is_grad_enabled() else 'without'} gradient")
 
     net.register_forward_pre_hook(say, prepend=True, with_kwargs=True)
     return net
@@ -215,22 +219,41 @@ def forget_gathered(*nets: nn.Module) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # What ranks tell each other
 
-def agree(what: str) -> None:
-    """Wait for all ranks; RankError on every one if one is about to do something else, or does not come."""
+def announce(what: str) -> None:
+    """Leave word, for nobody to wait for, of what this rank is about to do: `late` reads it."""
+    control.announced, control.last = control.announced + 1, what
+    control.store.set(f"rank {rank()}", f"{control.announced} {what}")
+
+
+def note(what: str) -> None:
+    """Remember a forward until ranks next agree, which is now if --check-ranks is given."""
     if world() == 1:
         return
-    control.calls, control.last = control.calls + 1, what
-    mine = torch.tensor([zlib.crc32(what.encode())])
+    if control.every_forward:
+        agree(what)
+    else:
+        announce(what)
+    control.forwards = zlib.crc32(what.encode(), control.forwards)
+
+
+def agree(what: str) -> None:
+    """Wait for all ranks; RankError on every one if one is about to do something else, does not come, or has run other
+    forwards since ranks last agreed."""
+    if world() == 1:
+        return
+    before, mine = control.last, torch.tensor([zlib.crc32(what.encode(), control.forwards)])
+    control.forwards = 0
     heard = [torch.empty_like(mine) for _ in range(world())]
     try:
-        control.store.set(f"rank {rank()}", f"{control.calls} {what}")
+        announce(what)
         dist.all_gather(heard, mine, group=control.group)
     except RuntimeError as e:
         raise in_vain(e, control.timeout) from e
     if len({h.item() for h in heard}) > 1:
-        lines = "".join(f"\n  rank {r}: {said}" for r, said in enumerate(heard_from_all(what)))
-        raise RankError(f"ranks disagree on what comes next:{lines}\nexpected the same on every rank: start all of "
-                        "them with the same code, flags, --data and --out")
+        lines = "".join(f"\n  rank {r}: {said}" for r, said in enumerate(heard_from_all(f"{what} (after: {before})")))
+        raise RankError(f"ranks disagree on what comes next:{lines}\nexpected the same on every rank, now and in all "
+                        "forwards since they last agreed: start them with the same code, flags, --data and --out "
+                        "(--check-ranks: name the first forward that differs)")
 
 
 def is_lost(e: Exception) -> bool:
@@ -256,11 +279,12 @@ def late() -> str:
 
     try:
         behind = [f"rank {r} was last seen at: {what}" for r in range(world())
-                  for n, what in [seen(r)] if n < control.calls]
+                  for n, what in [seen(r)] if n < control.announced]
     except RuntimeError:
         return "The rank that keeps their addresses is gone, too: see the logs of the other ranks"
-    return "; ".join(behind or ["all ranks had come there"]) + (". One has died or stalled since: see its log "
-                                                                "(--timeout: the patience)")
+    return "; ".join(behind or ["all ranks had come there"]) + (". One has died, stalled or run another forward since: "
+                                                                "see its log (--timeout: the patience; --check-ranks: "
+                                                                "compare ranks before every forward)")
 
 
 def heard_from_all(x) -> list:

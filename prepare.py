@@ -12,7 +12,8 @@ The list of clips is cut into shards of --shard clips once, and kept in prepare.
 
     00000.safetensors, ...     a shard of data.LatentFolder, bf16
     00000.skipped.json, ...    the shard's clips that were of no use, and why; the shard is so much smaller
-    null.safetensors           the negative prompt's embedding
+    null.safetensors           the negative prompt's embedding, what guidance leads away from
+    empty.safetensors          the empty prompt's, for --prompt-dropout
     prepare.json               {"settings": {...}, "shards": [[[video, caption], ...], ...]}
 
 So a shard's content depends on neither the other shards nor what fails in them. The same command again does what is
@@ -81,6 +82,8 @@ def run(args: argparse.Namespace) -> Counter:
     texts = {}
     if args.prompt_embeds:  # whose captions are a line each
         texts[one_line(encoders.NEGATIVE_PROMPT)] = encoders.read_null(args.prompt_embeds[0])
+        if args.prompt_embeds[0].with_name("empty.safetensors").exists():
+            texts[""] = encoders.read_null(args.prompt_embeds[0], "empty.safetensors")
         for path in args.prompt_embeds:
             captions, embeds = encoders.read_prompt_embeds(path)
             texts |= zip(map(one_line, captions), embeds)
@@ -93,7 +96,7 @@ def run(args: argparse.Namespace) -> Counter:
         return encoders.encode(vae(), torch.from_numpy(frames)[None])[0]
 
     def encode_text(captions):
-        return [texts[one_line(c)] for c in captions] if texts else text_encoder().encode(captions)
+        return [texts.get(one_line(c)) for c in captions] if texts else text_encoder().encode(captions)
 
     return prepare(args.videos, args.captions, args.out, encode_clip, encode_text, encoders.NEGATIVE_PROMPT,
                    args.frames, args.height, args.width, args.fps, args.shard, args.workers, args.part)
@@ -108,7 +111,7 @@ def prepare(videos, captions, out, encode_clip, encode_text, negative, frames=81
     """Encode every captioned video into `out`, or what is missing there; see this file's docstring.
 
     encode_clip: bytes `f h w 3` -> latents `f c h w`. encode_text: captions -> list of `l d`; ValueError if one cannot
-    be encoded. negative: the negative prompt. The rest: the flags of the same names.
+    be encoded; None for the empty prompt where nobody knows it. negative: the negative prompt. The rest: the flags of the same names.
     Returns how many clips this part's shards hold ("clips"), and how many are left out for which reason.
     ValueError if the settings are not those of `out`, if nothing has both video and caption, or nothing is of use.
     """
@@ -129,8 +132,9 @@ def prepare(videos, captions, out, encode_clip, encode_text, negative, frames=81
     clips = [videos / name for k in todo for name, _ in shards[k]]
     if any(path.is_file() and path.suffix.lower() not in video.PICTURES for path in clips):
         video.pyav()  # its absence is no reason to skip every video
-    if part[0] == 0 and not (out / "null.safetensors").exists():
-        data.write_null(out / "null.safetensors", encode_text([negative])[0].bfloat16())
+    for path, prompt in ((out / "null.safetensors", negative), (out / "empty.safetensors", "")):
+        if part[0] == 0 and not path.exists() and (text := encode_text([prompt])[0]) is not None:
+            data.write_null(path, text.bfloat16())
 
     with ThreadPoolExecutor(workers) as pool, tqdm(total=len(clips), desc="clips", unit="clip", file=sys.stderr) as bar:
         load = partial(load_clip, frames=frames, height=height, width=width, fps=fps)
@@ -259,7 +263,7 @@ def plan(out: Path, settings: dict, clips, part) -> list[list[tuple[str, str]]]:
         if changed:
             differ = ", ".join(f"{k} {settings[k]} (there: {before.get(k)})" for k in changed)
             raise ValueError(f"got {differ}, expected the settings of {out}: change --out or --{', --'.join(changed)}")
-    elif any(file.name != "null.safetensors" for file in out.glob("*.safetensors")):
+    elif any(file.name not in ("null.safetensors", "empty.safetensors") for file in out.glob("*.safetensors")):
         raise ValueError(f"got {out} with latents but without {path.name}, expected a new folder: change --out")
     known = {clip for shard in shards for clip in shard}
     if gone := len(known - set(clips)):

@@ -12,10 +12,10 @@ chunk in place of K + 1, with the same numbers.
 Training asks for an *exit step* (Self Forcing): every chunk stops at step `exit_step` of the grid and its prediction
 x_0 there is the output; only that last forward carries gradient. Over random exit steps each time of the grid is
 trained behind the student's own history. (Not quite that of inference: with an early exit the chunks in the cache are
-early predictions too. The last exit step is inference.) A first chunk with more steps exits at the same fraction of
-them: with K = 2 and 4 first steps, exit 0 is t = 1, and .9375 for the first chunk; exit 1 is the last step of both.
-While a chunk is being yielded the cache still holds its past and not yet
-itself, so the consumer may run further forwards in the chunk's own condition: Salt's self-consistency term does.
+early predictions too. The last exit step is inference.) A first chunk with a grid of its own has an exit step of its
+own, `first_exit`, drawn independently: with K = 1 and 4 first steps it exits at t = 1, .9375, .8333 or .625, while
+every other chunk exits at t = 1. While a chunk is being yielded the cache still holds its past and not yet itself, so
+the consumer may run further forwards in the chunk's own condition: Salt's self-consistency term does.
 
 Mixed steps (Salt Sec. 3.3): K is drawn anew for every rollout, so the student meets caches of every quality.
 With K < 4 the first chunk, which has no past to lean on, still uses 4 steps (CF++ Sec. 4).
@@ -48,30 +48,32 @@ def grids(steps: int, shift: float, first_steps: int = 4) -> tuple[Tensor, Tenso
 
 def stream(net, noise: Callable[[int, int], Tensor], text: Tensor, grid: Tensor, *, chunks: int,
            first_grid: Tensor | None = None, solver: str = "cm", exit_step: int | None = None,
-           cache=None, commit_last: bool = False, fused: bool = True) -> Iterator[Chunk]:
+           first_exit: int | None = None, cache=None, commit_last: bool = False, fused: bool = True) -> Iterator[Chunk]:
     """Generate `chunks` chunks, one after the other.
 
     net: a causal network or flowmap.Guided. noise(i, k): `b n c h w`, for chunk i the start (k = 0) or what the CM
-    solver adds at the k-th time. text: `b l d`. grid, first_grid: descending times without 0. exit_step: stop every
-    chunk at this index of the grid (the first chunk at the same fraction of its own); gradient flows through that
-    last forward only, where the caller has it enabled. cache: a past to continue from; if it is not empty, no chunk
+    solver adds at the k-th time. text: `b l d`. grid, first_grid: descending times without 0. exit_step,
+    first_exit: stop every chunk at this index of grid, and the first at that of first_grid; by default at the last one,
+    and the first chunk with the others where its grid is theirs. Gradient flows through that last forward only, where
+    the caller has it enabled. cache: a past to continue from; if it is not empty, no chunk
     counts as the first. commit_last: the last chunk too, for a cache that is continued from. fused: without gradient,
     commit a chunk in one forward with the first step of the next.
     """
     check_solver(solver)
     cache = net.new_cache() if cache is None else cache
     exit_step = len(grid) - 1 if exit_step is None else exit_step
-    first_grid = grid if first_grid is None or cache.next_frame > 0 else first_grid
-    if not 0 <= exit_step < len(grid) <= len(first_grid):
-        raise ValueError(f"got exit step {exit_step} of a grid of {len(grid)} times, and {len(first_grid)} for the "
-                         "first chunk; expected a step of the grid, and no fewer for the first chunk: change "
-                         "--first-steps")
+    if first_grid is None or cache.next_frame > 0:
+        first_grid, first_exit = grid, exit_step
+    if first_exit is None:
+        first_exit = exit_step if len(first_grid) == len(grid) else len(first_grid) - 1
+    if not (0 <= exit_step < len(grid) <= len(first_grid) and 0 <= first_exit < len(first_grid)):
+        raise ValueError(f"got exit steps {exit_step} and {first_exit} (first chunk) of grids of {len(grid)} and "
+                         f"{len(first_grid)} times, expected a step of each grid, and no fewer steps for the first "
+                         "chunk: change --first-steps")
     with_grad = torch.is_grad_enabled()
     fused, finished = fused and not with_grad, {}
     for i in range(chunks):
-        times, last = grid.tolist(), exit_step
-        if i == 0:
-            times, last = first_grid.tolist(), (exit_step + 1) * len(first_grid) // len(grid) - 1
+        times, last = (first_grid.tolist(), first_exit) if i == 0 else (grid.tolist(), exit_step)
         x = noise(i, 0)
         for k, t in enumerate(times[: last + 1]):
             with torch.set_grad_enabled(with_grad and k == last):

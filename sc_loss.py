@@ -51,6 +51,13 @@ def draw_triple(ts: float, train_grid: Tensor, infer_grid: Tensor, g: torch.Gene
     return pick([tm for tm in train_grid.tolist() if te < tm < ts]), te
 
 
+def draw_triples(ts: Tensor, train_grid: Tensor, infer_grid: Tensor, g: torch.Generator) -> tuple[Tensor, ...]:
+    """tm and te `b` for the starts ts `b` of several clips. A start without a triple gets tm = te = ts: its defect is 0.
+    """
+    ends = [draw_triple(t, train_grid, infer_grid, g) or (t, t) for t in ts.tolist()]
+    return tuple(torch.tensor(times) for times in zip(*ends))
+
+
 def endpoints(velocity, x_ts: Tensor, v_ts: Tensor, ts, tm, te) -> tuple[Tensor, Tensor]:
     """The direct and the composed endpoint (Salt Eq. 6, 7). velocity: callable (x, t) -> v, called once, at tm.
 

@@ -31,7 +31,7 @@ import flops
 import fsdp
 import sc_loss
 from causal_cd import causal_cd_loss, draw_index
-from flowmap import Guided, flow_matching_loss, schedule, warp
+from flowmap import Guided, bell_weight, flow_matching_loss, schedule, warp
 from model import SIZES, CausalWan, check_weights, read_tensors
 from rollout import grids, shared_noise, stream
 
@@ -61,7 +61,8 @@ class Training:
 # ---------------------------------------------------------------------------------------------------------------------
 # Random draws: functions of (what for, seed, kind, step, which of several), and for a sample of its index in the batch
 
-STEER, DROP, PROMPTS, NOISE, RENOISE, CLIPS, WORLD, EVALUATE, TRIPLE, SHORTCUT = range(10)  # what a draw is for
+# what a draw is for
+STEER, DROP, PROMPTS, NOISE, RENOISE, CLIPS, WORLD, EVALUATE, TRIPLE, SHORTCUT, FIRST_EXIT = range(11)
 
 
 def draws(cfg, kind, step, purpose=STEER, which=0) -> torch.Generator:
@@ -90,7 +91,7 @@ def batch(cfg, kind, step, part) -> tuple[Tensor, Tensor]:
     dropout = 0 if kind == "dmd" else cfg.prompt_dropout
     if dropout > 0:
         kept = torch.rand(cfg.batch, 1, 1, generator=draws(cfg, kind, step, DROP))[part] >= dropout
-        text = torch.where(kept.to(cfg.device), text, null_text(cfg))
+        text = torch.where(kept.to(cfg.device), text, empty_text(cfg))
     return x0, text
 
 
@@ -201,17 +202,25 @@ def guide(cfg, net, w):
     return net if w == 1 else Guided(net, null_text(cfg), w)
 
 
-def null_text(cfg):
-    """The text of "no prompt" `l d`."""
-    c = SIZES[cfg.size]
-    stored = cfg.data not in ("", "random")
-    return (folder(cfg).null_text if stored else torch.zeros(c.text_len, c.text_dim)).to(cfg.device)
+def null_text(cfg) -> Tensor:
+    """What guidance leads away from, `l d`: the empty prompt in the toy world, the negative prompt for Wan."""
+    return folder(cfg).null_text.to(cfg.device) if cfg.data not in ("", "random") else no_text(cfg)
+
+
+def empty_text(cfg) -> Tensor:
+    """The empty prompt `l d`, with which clips are trained whose prompt is dropped. Never the negative prompt: a model
+    that learned good clips under that name would not be led away from them."""
+    return folder(cfg).empty_text.to(cfg.device) if cfg.data not in ("", "random") else no_text(cfg)
+
+
+def no_text(cfg):
+    return torch.zeros(SIZES[cfg.size].text_len, SIZES[cfg.size].text_dim, device=cfg.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Updates
 
-def adamw(net, betas=(0.9, 0.95)):
+def adamw(net, betas):
     on_gpu = next(net.parameters()).is_cuda  # where one fused kernel needs no copies of the moments
     return torch.optim.AdamW(net.parameters(), lr=0, betas=betas, weight_decay=0.01, fused=on_gpu or None)
 
@@ -247,26 +256,38 @@ def all_finite(metrics) -> bool:
 
 
 @torch.no_grad()
-def average(ema, net, decay, step):
-    """ema <- decay ema + (1 - decay) net, with a smaller decay at first, so that the start is forgotten."""
-    decay = min(decay, (1 + step) / (10 + step))
+def average(ema, net, decay):
+    """ema <- decay ema + (1 - decay) net."""
     fsdp.forget_gathered(ema)
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
 
-def warm_then_decay(step, steps):
-    """Learning-rate factor: 20 steps of warm-up, constant, then linear to a tenth over the last half."""
+def ema_decay(cfg, decay, step, start=0) -> float:
+    """The decay after update `step`: 0, which copies, before update `start`; with --ema-ramp smaller at first, so that
+    the start is forgotten (a decay of .99 keeps 45 % of it over 80 updates)."""
+    if step < start:
+        return 0.0
+    return min(decay, (1 + step) / (10 + step)) if cfg.ema_ramp else decay
+
+
+def lr_factor(cfg, step, steps) -> float:
+    """Of the learning rate: 1, or (--lr-schedule decay) 20 steps of warm-up, constant, linear to a tenth over the last
+    half."""
+    if cfg.lr_schedule == "constant":
+        return 1.0
     return min(1, (step + 1) / 20) * min(1, 0.1 + 1.8 * (1 - step / steps))
 
 
-def regression(cfg, kind, net, ema, loss_of, decay, cost=None) -> Training:
+def regression(cfg, kind, net, ema, loss_of, cost=None) -> Training:
     """Train net on loss_of(step, part) -> (loss, metrics), and average it: every stage but those of DMD."""
-    optimizer, steps = adamw(net), cfg.steps_of(kind)
+    trajectory, steps = kind == "trajectory", cfg.steps_of(kind)
+    optimizer = adamw(net, cfg.trajectory_betas if trajectory else cfg.teacher_betas)
+    decay = cfg.trajectory_ema if trajectory else cfg.ema
 
     def update(step):
-        lr = getattr(cfg, f"{kind}_lr") * warm_then_decay(step, steps)
+        lr = getattr(cfg, f"{kind}_lr") * lr_factor(cfg, step, steps)
         metrics = descend(cfg, net, optimizer, partial(loss_of, step), lr, f"--{kind}-lr".replace("_", "-"))
-        average(ema, net, decay, step)
+        average(ema, net, ema_decay(cfg, decay, step))
         return metrics
 
     return Training({"net": net, "ema": ema}, {"net": optimizer}, update, cost or {})
@@ -287,7 +308,7 @@ def bidirectional(cfg, start) -> Training:
         t = warp(u[part].repeat_interleave(cfg.chunk, 1), cfg.train_shift).to(x0.device)
         return flow_matching_loss(net, x0, text, t, eps)
 
-    return regression(cfg, "bidirectional", net, ema, loss_of, cfg.ema)
+    return regression(cfg, "bidirectional", net, ema, loss_of)
 
 
 def teacher_forcing(cfg, start) -> Training:
@@ -300,9 +321,10 @@ def teacher_forcing(cfg, start) -> Training:
         eps = noise_like(cfg, "teacher_forcing", step, part, x0.shape[1:])
         u = torch.rand(cfg.batch, cfg.frames // cfg.chunk, generator=draws(cfg, "teacher_forcing", step))
         t = warp(u[part].repeat_interleave(cfg.chunk, 1), cfg.train_shift).to(x0.device)
-        return flow_matching_loss(net, x0, text, t, eps, chunk=cfg.chunk, clean=x0)
+        weight = bell_weight(t, cfg.train_shift) if cfg.teacher_forcing_weight == "bell" else None
+        return flow_matching_loss(net, x0, text, t, eps, weight, chunk=cfg.chunk, clean=x0)
 
-    return regression(cfg, "teacher_forcing", net, ema, loss_of, cfg.ema)
+    return regression(cfg, "teacher_forcing", net, ema, loss_of)
 
 
 def causal_cd(cfg, start) -> Training:
@@ -318,7 +340,7 @@ def causal_cd(cfg, start) -> Training:
         index = draw_index(cfg.batch, cfg.frames, cfg.chunk, len(grid), draws(cfg, "trajectory", step))[part]
         return causal_cd_loss(net, ema, teacher, x0, text, grid, index, eps, cfg.chunk)
 
-    return regression(cfg, "trajectory", net, ema, loss_of, cfg.trajectory_ema)
+    return regression(cfg, "trajectory", net, ema, loss_of)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -333,7 +355,7 @@ class Made:
     text: Tensor
     terms: dict = field(default_factory=dict)  # further losses; "sc" is added with weight --lambda-sc
     layout: dict = field(default_factory=dict)  # how the score models look at the clips; nothing: whole, bidirectional
-    drawn: dict = field(default_factory=dict)  # whole numbers worth logging: K, exit_step
+    drawn: dict = field(default_factory=dict)  # whole numbers worth logging: K, exit_step, first_exit
     noise: Tensor | None = None
 
 
@@ -352,7 +374,7 @@ def distribution_matching(cfg, net, ema, teacher, critic, make, more_terms=no_te
     eps): of the critic, and of the head on its features where there is one. A term NAME has the weight --lambda-NAME.
     """
     trained = torch.nn.ModuleList([critic] if head is None else [critic, head])
-    optimizer, critic_optimizer = adamw(net, (0.0, 0.999)), adamw(trained, (0.0, 0.999))
+    optimizer, critic_optimizer = adamw(net, cfg.dmd_betas), adamw(trained, cfg.dmd_betas)
     real, updates, pictures = guide(cfg, teacher, cfg.score_guidance), cfg.steps_of("dmd"), {}
 
     def weighted(loss, terms):
@@ -380,13 +402,13 @@ def distribution_matching(cfg, net, ema, teacher, critic, make, more_terms=no_te
         return weighted(loss, terms), metrics | terms | made.drawn | clip_statistics(made.x0, cfg.chunk)
 
     def update(step):
-        decay = warm_then_decay(step, updates)
+        factor = lr_factor(cfg, step, updates)
         for which in range(1, 1 + cfg.critic_steps):
             critic_metrics = descend(cfg, trained, critic_optimizer, partial(critic_loss_of, step, which),
-                                     cfg.critic_lr * decay, "--critic-lr")
-        metrics = descend(cfg, net, optimizer, partial(generator_loss_of, step), cfg.dmd_lr * decay, "--dmd-lr")
-        average(ema, net, cfg.dmd_ema, step)
-        metrics |= {k: int(v) for k, v in metrics.items() if k in ("K", "exit_step")}
+                                     cfg.critic_lr * factor, "--critic-lr")
+        metrics = descend(cfg, net, optimizer, partial(generator_loss_of, step), cfg.dmd_lr * factor, "--dmd-lr")
+        average(ema, net, ema_decay(cfg, cfg.dmd_ema, step, cfg.dmd_ema_start))
+        metrics |= {k: int(v) for k, v in metrics.items() if k in ("K", "exit_step", "first_exit")}
         metrics |= {k if k.startswith("critic") else f"critic_{k}": v for k, v in critic_metrics.items()}
         return metrics
 
@@ -402,20 +424,22 @@ def clip_statistics(x0: Tensor, chunk: int) -> dict:
     return {"chunk_mean": x.mean(1), "chunk_square": x.square().mean(1), "frame_difference": motion}
 
 
-def self_rollout(cfg, net, text, noise, steps, exit_step, tm_te=None) -> tuple[Tensor, list[Tensor]]:
-    """Roll out a clip; with the times (tm, te) of a triple, also the self-consistency loss of every chunk.
+def self_rollout(cfg, net, text, noise, steps, exit_step=None, first_exit=None, triple=None):
+    """Roll out a clip x0 `b f c h w` of `steps` steps a chunk; exit steps as in `stream`. noise: `b K f c h w`.
 
-    noise: `b K f c h w`.
+    triple: times (ts, tm, te), for L_SC of every chunk that exits at ts, all but a first chunk with an exit of its own.
+    Returns x0 and these losses, a list.
     """
     grid, first_grid = grids(steps, cfg.shift, cfg.first_steps)
     x0, sc = [], []
     for chunk in stream(net, shared_noise(noise, cfg.chunk, steps, len(first_grid)), text, grid,
-                        chunks=cfg.frames // cfg.chunk, first_grid=first_grid, exit_step=exit_step, fused=False):
+                        chunks=cfg.frames // cfg.chunk, first_grid=first_grid, exit_step=exit_step,
+                        first_exit=first_exit, fused=False):
         x0.append(chunk.x0)
-        if tm_te:
+        if triple and chunk.t == triple[0]:
             def velocity(x, t, past=chunk.cache):
                 return net(x, torch.full(x.shape[:2], t, device=x.device), text, cache=past)
-            sc.append(sc_loss.sc_loss(velocity, chunk.x_t, chunk.v, chunk.t, *tm_te, cfg.sc_through)[0])
+            sc.append(sc_loss.sc_loss(velocity, chunk.x_t, chunk.v, *triple, cfg.sc_through)[0])
     return torch.cat(x0, dim=1), sc
 
 
@@ -423,6 +447,14 @@ def rollout_length(lengths, probabilities, g) -> tuple[int, int]:
     """K of `lengths`, and an exit step below it, equal on all ranks."""
     k = lengths[int(torch.multinomial(torch.tensor(probabilities), 1, generator=g))]
     return k, int(torch.randint(k, (), generator=g))
+
+
+def draw_first_exit(cfg, k, exit_step, step, which) -> int:
+    """The exit step of the first chunk: where it has a grid of its own, any step of it, independently of the others
+    (as in the public training code); else theirs."""
+    if k >= cfg.first_steps:
+        return exit_step
+    return int(torch.randint(cfg.first_steps, (), generator=draws(cfg, "dmd", step, FIRST_EXIT, which)))
 
 
 def rollouts(cfg, net, lengths, probabilities, with_sc: bool) -> Callable:
@@ -437,15 +469,18 @@ def rollouts(cfg, net, lengths, probabilities, with_sc: bool) -> Callable:
 
     def make(step, part, which, g):
         k, exit_step = rollout_length(lengths, probabilities, g)
-        tm_te = None
+        first_exit, triple = draw_first_exit(cfg, k, exit_step, step, which), None
         if which == 0 and with_sc and k == longest and cfg.lambda_sc > 0:
             ts = train_grid[exit_step].item()
-            tm_te = sc_loss.draw_triple(ts, train_grid, infer_grid, draws(cfg, "dmd", step, TRIPLE))
+            ends = sc_loss.draw_triple(ts, train_grid, infer_grid, draws(cfg, "dmd", step, TRIPLE))
+            triple = ends and (ts, *ends)
         text = prompts_only(cfg, step, part, which)
         noise = noise_like(cfg, "dmd", step, part, (densest, *video_shape(cfg)), NOISE, which)
-        x0, sc = self_rollout(cfg, net, text, noise, k, exit_step, tm_te)
+        fsdp.agree(f"a rollout of {k} steps, exit {exit_step}, {first_exit} in the first chunk")
+        x0, sc = self_rollout(cfg, net, text, noise, k, exit_step, first_exit, triple)
         terms = {"sc": torch.stack(sc).mean()} if sc else {}
-        return Made(part, x0, text, terms, drawn={"K": k, "exit_step": exit_step}, noise=noise)
+        drawn = {"K": k, "exit_step": exit_step, "first_exit": first_exit}
+        return Made(part, x0, text, terms, drawn=drawn, noise=noise)
 
     return make
 
@@ -475,11 +510,13 @@ def salt(cfg, start) -> Training:
     def alignment(step, made, t, eps, g):
         chosen = torch.rand((), generator=g) < cfg.align_prob
         warm = step >= cfg.align_warmup * cfg.steps_of("dmd")
-        k, exit_step = made.drawn["K"], made.drawn["exit_step"]
+        k, exit_step, first_exit = (made.drawn[name] for name in ("K", "exit_step", "first_exit"))
         if k == max(cfg.mixed_steps) or not (chosen and warm and cfg.lambda_align > 0):
             return {}
         with torch.no_grad():  # the next denser schedule, from the same noise, at the same fraction of its steps
-            x_ref, _ = self_rollout(cfg, net, made.text, made.noise, 2 * k, 2 * exit_step + 1)
+            longer_first = max(2 * k, cfg.first_steps) // max(k, cfg.first_steps)  # 1 or 2 times as many steps
+            x_ref, _ = self_rollout(cfg, net, made.text, made.noise, 2 * k, 2 * exit_step + 1,
+                                    longer_first * (first_exit + 1) - 1)
         return {"align": align.align_loss(features, made.x0, x_ref, made.text, t, eps, cfg.align_margin)[0]}
 
     make = rollouts(cfg, net, cfg.mixed_steps, cfg.mixed_probs, with_sc=True)

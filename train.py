@@ -40,6 +40,7 @@ import evaluate
 import flops
 import fsdp
 import plan
+import presets
 from baselines import STAGES
 from flowmap import schedule
 from model import SIZES, about_of, write_tensors
@@ -56,7 +57,9 @@ def flag(default, help, affects="bidirectional"):
 class Config:
     """Every setting of a run; each is also a command-line flag of the same name."""
 
-    size: str = flag("toy", "the network, and the settings that go with it: toy, toy_large, wan_tiny, wan1.3b, wan14b")
+    size: str = flag("toy", "the network: toy, toy_large, wan_tiny, wan1.3b, wan14b")
+    preset: str = flag("", "settings of a method at Wan's size: self_forcing, causal_forcing, causal_forcing_pp, salt, "
+                           "sc_dmd (presets.py)", "none")
     stage: str = flag("all", "one of the recipe, bidirectional teacher_forcing causal_cd salt; all of these; a "
                              "baseline (see baselines.py); or evaluate", "none")
     out: str = flag("runs/toy", "folder for checkpoints, metrics and pictures", "none")
@@ -83,6 +86,7 @@ class Config:
     compile: bool = flag(False, "torch.compile the blocks", "none")
     gather: str = flag("forward", "gather weights for every forward, or (update) keep them until a backward", "none")
     shard_over: int = flag(0, "ranks that share one copy of the weights; 0: those of a node", "none")
+    check_ranks: bool = flag(False, "compare the ranks before every forward, to find the first that differs", "none")
     timeout: float = flag(600.0, "seconds to wait for another rank before stopping", "none")
     plan: bool = flag(False, "print what --stage needs, memory, FLOPs and GPUs, and stop", "none")
     gpu_memory: float = flag(80.0, "GB of memory of a GPU, for --plan", "none")
@@ -90,8 +94,11 @@ class Config:
     teacher_out: str = flag("", "folder with DMD's teacher of --teacher-size", "none")
 
     clip_norm: float = flag(1.0, "largest gradient norm")
+    lr_schedule: str = flag("decay", "constant, or decay: 20 updates of warm-up, then to a tenth over the last half")
+    ema_ramp: bool = flag(True, "let the decay of an average grow with the step, so that its start is forgotten")
     train_shift: float = flag(3.0, "timestep shift of the times in flow matching")
-    prompt_dropout: float = flag(0.1, "share of clips trained without their prompt, for guidance")
+    prompt_dropout: float = flag(0.1, "share of clips trained with the empty prompt, for guidance")
+    teacher_betas: tuple = flag((0.9, 0.95), "AdamW's betas of both teachers")
     ema: float = flag(0.99, "decay of the averaged weights of both teachers")
 
     bidirectional_steps: int = flag(5000, "updates of stage bidirectional")
@@ -99,6 +106,8 @@ class Config:
 
     teacher_forcing_steps: int = flag(1000, "updates of stage teacher_forcing", "teacher_forcing")
     teacher_forcing_lr: float = flag(3e-3, "learning rate", "teacher_forcing")
+    teacher_forcing_weight: str = flag("flat", "weight of its loss by t: flat, or bell, 0 at t = 0 and 1 (CF's code)",
+                                       "teacher_forcing")
 
     # distillation along the teacher's trajectories: causal_cd; bidirectional_ode, causal_ode, pcm, scfm
     shift: float = flag(5.0, "timestep shift of inference grids (CF++: 5)", "trajectory dmd")
@@ -106,6 +115,7 @@ class Config:
     trajectory_steps: int = flag(900, "updates of a distillation along trajectories", "trajectory")
     trajectory_lr: float = flag(1e-3, "learning rate", "trajectory")
     trajectory_grid: int = flag(48, "times of the teacher's trajectory (CF++: 48)", "trajectory")
+    trajectory_betas: tuple = flag((0.9, 0.95), "AdamW's betas", "trajectory")
     trajectory_ema: float = flag(0.95, "decay of the target network theta-", "trajectory")
     trajectories: int = flag(1024, "stored trajectories of causal_ode and bidirectional_ode", "trajectory")
     phases: int = flag(4, "phases of pcm, and its sampling steps", "trajectory")
@@ -117,7 +127,9 @@ class Config:
     dmd_lr: float = flag(4e-4, "learning rate of the generator", "dmd")
     critic_lr: float = flag(8e-4, "learning rate of the critic", "dmd")
     critic_steps: int = flag(4, "critic updates per generator update", "dmd")
+    dmd_betas: tuple = flag((0.0, 0.999), "AdamW's betas of generator and critic", "dmd")
     dmd_ema: float = flag(0.95, "decay of the generator's averaged weights", "dmd")
+    dmd_ema_start: int = flag(0, "generator updates before the average starts; until then it is a copy", "dmd")
     score_shift: float = flag(2.0, "timestep shift of the times at which DMD compares scores", "dmd")
     score_guidance: float = flag(1.0, "guidance w of DMD's teacher", "dmd")
     train_grid: int = flag(8, "times of SC-DMD's grid (Salt: 8)", "dmd")
@@ -137,7 +149,7 @@ class Config:
     align_depth: float = flag(0.5, "depth of those features, 1: after its last block", "dmd")
     lambda_gan: float = flag(0.03, "weight of sc_dmd_gan's discriminator (ours)", "dmd")
     lambda_scfm: float = flag(1.0, "weight of the shortcut loss in dmd4_scfm (ours)", "dmd")
-    lambda_rcm: float = flag(1.0, "weight of the consistency loss in rcm, DMD's being 1 (ours)", "dmd")
+    lambda_rcm: float = flag(50.0, "weight of the consistency loss in rcm, DMD's being 1 (rCM: 100 to 2)", "dmd")
 
     eval_clips: int = flag(256, "clips behind each row of the table", "none")
     eval_seed: int = flag(0, "prompts and noise of the table; settings were chosen on 0, README reports 1", "none")
@@ -145,15 +157,6 @@ class Config:
 
     def steps_of(self, kind: str) -> int:
         return max(1, round(getattr(self, f"{kind}_steps") * self.longer))
-
-
-# The papers' settings (CF++ Sec. 4, Salt Sec. B) and those that users of the public code confirmed; ours: the learning
-# rates of both teachers and of the trajectories, save_every.
-WAN = dict(frames=21, height=60, width=104, chunk=3, batch=64, precision="bf16", checkpointing=True, clip_norm=10.0,
-           train_shift=5.0, bidirectional_lr=1e-5, teacher_forcing_steps=20_000, teacher_forcing_lr=1e-5, guidance=3.0,
-           trajectory_steps=5000, trajectory_lr=2e-6, trajectory_ema=0.99, dmd_steps=200, dmd_lr=2e-6, critic_lr=4e-7,
-           critic_steps=5, dmd_ema=0.99, score_shift=5.0, score_guidance=4.0, save_every=20)
-PRESETS = {"toy": {}, "toy_large": {}, "wan_tiny": WAN, "wan1.3b": WAN, "wan14b": WAN}  # what --size changes of these
 
 
 def check(cfg: Config):
@@ -190,7 +193,12 @@ def check(cfg: Config):
     need(cfg.device == "cpu" or cfg.device == "cuda" and torch.cuda.is_available(), "device",
          "cpu, or cuda where there is a GPU")
     need(not Path(cfg.out).is_file(), "out", "a folder, not a file")
-    for name in ("skip_nonfinite", "shard_over"):
+    need(cfg.lr_schedule in ("constant", "decay"), "lr_schedule", "constant or decay")
+    need(cfg.teacher_forcing_weight in ("flat", "bell"), "teacher_forcing_weight", "flat or bell")
+    for name in ("teacher_betas", "trajectory_betas", "dmd_betas"):
+        need(len(getattr(cfg, name)) == 2 and all(0 <= b < 1 for b in getattr(cfg, name)), name,
+             "two numbers, at least 0 and below 1")
+    for name in ("skip_nonfinite", "shard_over", "dmd_ema_start"):
         need(getattr(cfg, name) >= 0, name, "a number >= 0")
     need(cfg.seed >= 0, "seed", "a number >= 0")
     need(cfg.eval_seed >= 0, "eval_seed", "a number >= 0")
@@ -394,7 +402,7 @@ def main(cfg: Config) -> list[dict]:
         check(cfg)
         print(plan.table(cfg))
         return []
-    with fsdp.setup(cfg.device, cfg.precision, cfg.shard_over, cfg.timeout):
+    with fsdp.setup(cfg.device, cfg.precision, cfg.shard_over, cfg.timeout, cfg.check_ranks):
         check(cfg)
         same_on_all_ranks(cfg)
         try:
@@ -428,6 +436,9 @@ def run(cfg: Config) -> list[dict]:
     for k in cfg.mixed_steps:
         say(f"times of {k} steps: {[round(t, 4) for t in schedule(k, cfg.shift).tolist()]}")
 
+    if cfg.preset and not cfg.teacher_size and any(STAGES[stage].kind == "dmd" for stage in stages):
+        say(f"DMD's teacher is of --size {cfg.size}; the papers' is of 14B: --teacher-size wan14b --teacher-out FOLDER")
+
     most, until = budget(cfg.stop_after)
     rows = []
     if not cfg.data:
@@ -456,7 +467,7 @@ def budget(stop_after: str) -> tuple[int, float]:
 
 
 def parse(argv=None) -> Config:
-    """The command line's settings; what it does not give is PRESETS' for its --size, or Config's default."""
+    """The command line's settings; what it does not give is the preset's, or Config's default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for f in fields(Config):
@@ -466,7 +477,8 @@ def parse(argv=None) -> Config:
         parser.add_argument(f"--{f.name.replace('_', '-')}", **kind,
                             help=f"{f.metadata['help']} (default: {f.default})".replace("%", "%%"))
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
-    return Config(**PRESETS.get(given.get("size"), {}) | given)
+    preset = presets.settings_of(*(given.get(name, getattr(Config, name)) for name in ("size", "stage", "preset")))
+    return Config(**preset | given)
 
 
 if __name__ == "__main__":

@@ -413,7 +413,8 @@ def parse(argv=None) -> tuple[argparse.Namespace, list[str]]:
     p.add_argument("--dtype", choices=tuple(DTYPES), default="", help="cast to (default: as in the file)")
     p = commands.add_parser("encode-prompts", help="a text file of prompts to their embeddings", allow_abbrev=False)
     p.add_argument("prompts", type=Path, help="a text file, one prompt a line")
-    p.add_argument("out", type=Path, help="a new .safetensors; null.safetensors, the negative prompt, goes beside it")
+    p.add_argument("out", type=Path, help="a new .safetensors; null.safetensors, the negative prompt, and "
+                                          "empty.safetensors, the empty one, go beside it")
     p.add_argument("--wan", type=Path, required=True, help="folder with Wan 2.1's text encoder")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     p.add_argument("--batch", type=int, default=8, help="prompts at a time (default: 8)")

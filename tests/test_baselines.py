@@ -12,7 +12,7 @@ import model
 import stages
 import train
 from causal_cd import pcm_loss, rcm_loss, trajectory
-from dmd import Discriminator, adversarial_loss, discriminator_loss
+from dmd import Discriminator, adversarial_loss, discriminator_loss, dmd_gradient, surrogate_loss
 from flowmap import add_noise, schedule
 from model import CausalWan, about_of, read_tensors
 from sc_loss import draw_shortcut, shortcut_loss
@@ -104,9 +104,27 @@ def test_rcm_tangent_vanishes_at_the_flow_map_and_is_computed_by_hand_elsewhere(
     loss, metrics = rcm_loss(lambda x, t, text: c * x, teacher, x0, None, t, eps)
     x_t, u = add_noise(x0, eps, t), t[..., None, None, None]
     tangent = (1 - c * u) * teacher(x_t, t, None) - c * x_t
-    size = tangent.square().flatten(1).mean(1).sqrt()
+    size = tangent.square().flatten(1).sum(1).sqrt()  # of the whole sample
     close(metrics["tangent"], size.mean(), 1e-12)
     close(loss, (tangent / (size[:, None, None, None, None] + 0.1)).square().mean(), 1e-12)
+
+
+@pytest.mark.parametrize("side", [4, 64])
+def test_rcm_weighs_consistency_against_dmd_as_rcm_does_at_every_size(side):
+    """Bug: a weight that was matched on the toy: rCM normalises the tangent of a whole sample, so its pull on x by
+    1 / sqrt(N) weaker than DMD's as clips grow, and ours was 28 times too strong at Wan's size. Checked against rCM's
+    own form of both losses, summed over a sample, 100 on consistency."""
+    v, x0, x0_fake, x0_real, drift = (normals(2, 1, 1, side, side, seed=i).requires_grad_(i < 2) for i in range(5))
+    t, at = torch.full((2, 1), 0.5).double(), [2, 1, 1, 1, 1]
+    loss, _ = rcm_loss(lambda x, t, text: v + 0 * x, lambda *_: drift, x0.detach(), None, t, drift)
+    cd = torch.autograd.grad(train.Config.lambda_rcm * loss, v)[0]
+    dmd = torch.autograd.grad(surrogate_loss(x0, dmd_gradient(x0, x0_fake, x0_real)).mean(), x0)[0]
+    g = (drift - v).detach()
+    g = g / (g.flatten(1).norm(dim=1).reshape(at) + 0.1)
+    cd_of_rcm = torch.autograd.grad(100 * (v - v.detach() - g).square().flatten(1).sum(1).mean(), v)[0]
+    grad = (x0_fake - x0_real) / (x0 - x0_real).abs().flatten(1).mean(1).reshape(at)
+    dmd_of_rcm = torch.autograd.grad((x0 - (x0 - grad).detach()).square().flatten(1).sum(1).mean(), x0)[0]
+    close(cd.norm() / dmd.norm(), cd_of_rcm.norm() / dmd_of_rcm.norm(), 1e-6)
 
 
 def test_following_rcm_learns_the_flow_map():
@@ -222,24 +240,26 @@ def test_every_baseline_trains_samples_and_resumes(trained, tmp_path, stage):
 
 @pytest.mark.parametrize("stage, steps", [("dmd4", 4), ("dmd8", 8), ("sc_dmd", 8), ("sc_dmd_gan", 8), ("dmd4_scfm", 4)])
 def test_dmd_on_a_grid_denoises_noised_clips_at_its_times(trained, calls, monkeypatch, stage, steps):
-    """Bug: times off the grid or a time of it that never comes; generated states where real ones are due."""
+    """Bug: times off the grid or a time of it that never comes; one time for all clips of a batch, which makes its
+    gradient as noisy as that of a single clip; generated states where real ones are due."""
     training, clips_seen = begin(trained, stage, batch=2, critic_steps=1, lambda_sc=0.0), []
     real = baselines.clips_for
     monkeypatch.setattr(baselines, "clips_for", lambda *a: (clips_seen.append(r := real(*a)), r)[1])
     met = {True: set(), False: set()}  # by the generator's own forward (with gradient), and by those for the critic
+    apart = 0
     for step in range(40):
         calls.clear()
         clips_seen.clear()
         training.update(step)
         for c in of_net(calls, training):
-            if len(c["times"]) > 1 or c["t"].shape[0] != 2:
-                continue
-            (t,) = c["times"]
-            noise = [c["x"] - (1 - t) * x0 for x0, _ in clips_seen]  # one of these is t eps
-            if min(abs(n.std().item() / t - 1) for n in noise) < 0.1 and c["layout"] == "":
-                met[c["grad"]].add(round(t, 5))
+            t = c["t"][:, :1, None, None, None]  # one for each clip
+            noise = [(c["x"] - (1 - t) * x0).flatten(1).std(1) / t.flatten() for x0, _ in clips_seen]  # of t eps
+            if min((n - 1).abs().max() for n in noise) < 0.1 and c["layout"] == "":
+                met[c["grad"]] |= {round(t, 5) for t in c["times"]}
+                apart += len(c["times"]) == 2
             else:
                 assert stage == "dmd4_scfm"  # whose shortcuts make steps of their own
+    assert apart > 40
     grid = {round(t, 5) for t in schedule(steps, 5.0).tolist()}
     assert met[False] == grid and (met[True] == grid or stage == "dmd4_scfm")
 
@@ -396,8 +416,10 @@ def test_sc_acts_on_the_grid_and_the_states_that_dmd_supervises(trained, calls, 
         calls.clear()
         seen.clear()
         training.update(step)
-        for _, x_ts, v_ts, ts, tm, te, through in seen:
-            assert {round(ts, 5), round(tm, 5)} <= grid and round(te, 5) in grid | {0} and through == "both"
+        for _, x_ts, v_ts, *times, through in seen:
+            for ts, tm, te in zip(*(torch.as_tensor(x).reshape(-1).tolist() for x in times)):
+                assert {round(ts, 5), round(tm, 5)} <= grid and round(te, 5) in grid | {0} and through == "both"
+                assert ts > tm > te or ts == tm == te == times[0].min()
             assert any(c["x"] is x_ts and c["grad"] for c in of_net(calls, training)) and v_ts.requires_grad
         assert len(seen) in (0, 1 if train.STAGES[stage].start == "bidirectional" else 4)
 
@@ -447,6 +469,41 @@ def test_stage_three_starts_where_its_paper_does_and_rolls_out(trained, calls, s
     assert same(other.nets["net"], trained / "teacher_forcing.safetensors")
 
 
+@pytest.mark.parametrize("k", [1, 2])
+def test_first_chunk_exits_at_each_of_its_times_whatever_the_others_do(trained, calls, k):
+    """Bug: with K = 1 only t = .625 of the first chunk's four times trained, with K = 2 only .9375 and .625, though
+    inference visits all four (CF++'s 1- and 2-step students)."""
+    training, met = begin(trained, "causal_forcing_pp", rollout_steps=k, batch=1, critic_steps=1), set()
+    grid, first_grid = ([round(t, 5) for t in schedule(n, 5.0).tolist()] for n in (k, 4))
+    for step in range(12 * k):
+        calls.clear()
+        metrics = training.update(step)
+        first, *others = [round(c["t"][0, 0].item(), 5) for c in of_net(calls, training) if c["grad"]]
+        assert set(others) == {grid[metrics["exit_step"]]} and first == first_grid[metrics["first_exit"]]
+        met.add((first, others[0]))
+    assert {first for first, _ in met} == set(first_grid)
+    drawn = [stages.draw_first_exit(tiny(trained), k, 0, step, which) for step in range(400) for which in (0, 1)]
+    counts = torch.bincount(torch.tensor(drawn), minlength=4)
+    assert (counts - 200).abs().max() < 5 * (800 * 3 / 16) ** 0.5
+    pairs = {(drawn[i], drawn[i + 1]) for i in range(0, 800, 2)}
+    assert len(pairs) == 16  # the critic meets other exits than the generator
+    assert stages.draw_first_exit(tiny(trained), 4, 2, 0, 0) == 2  # without a grid of its own: that of the others
+
+
+def test_sc_leaves_out_a_first_chunk_that_exits_elsewhere(trained, monkeypatch):
+    """Bug: a triple applied to a chunk that stands at another time than its ts, even below its tm."""
+    seen, sc = [], stages.sc_loss.sc_loss
+    monkeypatch.setattr(stages.sc_loss, "sc_loss", lambda *a: (seen.append(a), sc(*a))[1])
+    training, counts = begin(trained, "naive_sc", rollout_steps=2, batch=1, critic_steps=1), set()
+    for step in range(16):
+        seen.clear()
+        metrics = training.update(step)
+        if metrics["exit_step"] == 0:  # ts = 1
+            assert all(a[3] == 1.0 for a in seen) and len(seen) == (4 if metrics["first_exit"] == 0 else 3)
+            counts.add(len(seen))
+    assert counts == {3, 4}
+
+
 def test_mixed_sc_is_salt_without_alignment(trained):
     """Bug: alignment in the ablation, or another rollout than Salt's."""
     ablation, salt = (begin(trained, stage, lambda_align=0.0) for stage in ("mixed_sc", "salt"))
@@ -490,9 +547,9 @@ def test_alignment_waits_is_stochastic_and_shares_its_noise(trained, monkeypatch
     on, rolled = [], []
     self_rollout = stages.self_rollout
 
-    def watch(cfg, net, text, noise, k, exit_step, tm_te=None):
-        rolled.append((k, exit_step, noise, torch.is_grad_enabled()))
-        return self_rollout(cfg, net, text, noise, k, exit_step, tm_te)
+    def watch(cfg, net, text, noise, k, exit_step, first_exit, *rest):
+        rolled.append((k, exit_step, first_exit, noise, torch.is_grad_enabled()))
+        return self_rollout(cfg, net, text, noise, k, exit_step, first_exit, *rest)
 
     monkeypatch.setattr(stages, "self_rollout", watch)
     training = begin(trained, "salt", dmd_steps=60, align_warmup=0.25, align_prob=0.5, batch=1, critic_steps=1,
@@ -506,7 +563,9 @@ def test_alignment_waits_is_stochastic_and_shares_its_noise(trained, monkeypatch
             assert "align" not in metrics
         if "align" in metrics:
             low, reference = rolled[-2:]
-            assert reference[:2] == (2 * low[0], 2 * low[1] + 1) and reference[2] is low[2]
-            assert low[3] and not reference[3]
+            assert reference[:2] == (2 * low[0], 2 * low[1] + 1) and reference[3] is low[3]
+            # the first chunk has four steps in both rollouts, or twice as many in the reference
+            assert reference[2] == (low[2] if low[0] == 2 else 2 * low[2] + 1)
+            assert low[4] and not reference[4]
     n = len(on)
     assert n > 20 and abs(sum(on) - n / 2) < 3 * (n / 4) ** 0.5

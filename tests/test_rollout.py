@@ -268,9 +268,11 @@ def test_gradient_stays_in_its_chunk(tiny):
     assert touched.nonzero().tolist() == [[0, 2]]  # step 0 of frame 2 and nothing else
 
 
-@pytest.mark.parametrize("steps, exit_step, first_exit", [(2, 0, 1), (2, 1, 3), (4, 2, 2), (8, 5, 5)])
-def test_exit_step(tiny, steps, exit_step, first_exit):
-    """Bug: gradient through more than the exit step, or a first chunk that exits at another fraction of its grid."""
+@pytest.mark.parametrize("steps, exit_step, first_exit, first_last", [
+    (1, 0, 2, 2), (2, 0, 3, 3), (2, 1, 0, 0), (2, 0, None, 3), (4, 2, None, 2), (4, 2, 1, 1), (8, 5, None, 5)])
+def test_exit_step(tiny, steps, exit_step, first_exit, first_last):
+    """Bug: gradient through more than the exit step; a first chunk whose exit is tied to the others', so that with one
+    step only the last of its four times is ever trained, and with two only the second and the last."""
     net, g, enabled = tiny(), torch.Generator().manual_seed(0), []
     noise, text = torch.randn(1, 8, 2, 3, 4, 6, generator=g), torch.randn(1, 3, 5, generator=g)
 
@@ -282,10 +284,10 @@ def test_exit_step(tiny, steps, exit_step, first_exit):
 
     grid, first_grid = grids(steps, 5.0, 4)
     list(stream(Watch(), shared_noise(noise, 1, steps, len(first_grid)), text, grid, chunks=2, first_grid=first_grid,
-                exit_step=exit_step))
+                exit_step=exit_step, first_exit=first_exit))
     def expected(times, last):
         return [(round(t, 6), k == last) for k, t in enumerate(times.tolist()[: last + 1])]
-    assert enabled == expected(first_grid, first_exit) + expected(grid, exit_step)
+    assert enabled == expected(first_grid, first_last) + expected(grid, exit_step)
 
 
 def test_equal_times_share_noise():

@@ -16,6 +16,7 @@ from PIL import Image
 import data
 import evaluate
 import fsdp
+import presets
 import sample
 import stages
 import train
@@ -183,13 +184,14 @@ def test_evaluate_measures_a_run_with_its_own_settings(run):
 def test_killed_between_saves_goes_on_from_the_last_one(run, tmp_path, monkeypatch):
     """Bug: metrics counted twice, or a state that is ahead of its weights, after a crash in the middle of an update."""
     out, _ = run
-    crash = {"at": 3}
+    crash = {"at": 4}  # in the fourth update
     real = stages.average
 
-    def average(ema, net, decay, step):
-        if step == crash["at"]:
+    def average(*args):
+        crash["at"] -= 1
+        if crash["at"] == 0:
             raise KeyboardInterrupt
-        real(ema, net, decay, step)
+        real(*args)
 
     for stage in list(train.RECIPE)[:3]:
         for kind in ("", "_raw"):
@@ -198,7 +200,6 @@ def test_killed_between_saves_goes_on_from_the_last_one(run, tmp_path, monkeypat
     monkeypatch.setattr(stages, "average", average)
     with pytest.raises(KeyboardInterrupt):
         train.main(config(tmp_path, stage="salt"))
-    crash["at"] = None
     train.main(config(tmp_path, stage="salt"))
     a, b = (read_tensors(folder / "salt_raw.safetensors")[0] for folder in (out, tmp_path))
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -266,17 +267,29 @@ def test_salt_scores_with_the_right_networks(run, monkeypatch):
         assert any(not torch.equal(v, start[name][k]) for k, v in net.state_dict().items()), f"{name} did not move"
 
 
-def test_ema_forgets_its_start():
-    """Bug: a decay of .99 from the first update on: after 80 updates 45 % of such an average are its start."""
+def averaged(cfg, updates, decay=0.99, start=0):
+    """What of its start is left in an average of a network that is 0 from the first update on."""
     ema, net = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     torch.nn.init.ones_(ema.weight), torch.nn.init.zeros_(net.weight)
-    for step in range(80):
-        stages.average(ema, net, 0.99, step)
-    assert ema.weight.max() < 1e-6
-    torch.nn.init.ones_(net.weight)
-    torch.nn.init.zeros_(ema.weight)
-    stages.average(net, ema, 0.99, 10**6)  # and has its full decay later on
-    assert abs(net.weight[0, 0].item() - 0.99) < 1e-6
+    for step in range(updates):
+        stages.average(ema, net, stages.ema_decay(cfg, decay, step, start))
+    return ema.weight.max().item()
+
+
+def test_ema_forgets_its_start(tmp_path):
+    """Bug: a decay of .99 from the first update on: after 80 updates 45 % of such an average are its start."""
+    assert averaged(config(tmp_path), 80) < 1e-6
+    assert stages.ema_decay(config(tmp_path), 0.99, 10**6) == 0.99  # and has its full decay later on
+
+
+def test_ema_of_the_public_code(tmp_path):
+    """Bug: Wan's presets with the toy's growing decay, which never passes .957 in 200 updates. CF and SF: .99 in every
+    update of CD; in DMD a copy until iteration 200, generator update 40, and .99 from there."""
+    cfg = config(tmp_path, **{k: presets.WAN[k] for k in ("ema_ramp", "trajectory_ema", "dmd_ema", "dmd_ema_start")})
+    assert averaged(cfg, 80, cfg.trajectory_ema) == pytest.approx(0.99**80, rel=1e-4)
+    decays = [stages.ema_decay(cfg, cfg.dmd_ema, step, cfg.dmd_ema_start) for step in range(42)]
+    assert decays == [0.0] * 40 + [0.99] * 2
+    assert averaged(cfg, 1, cfg.dmd_ema, cfg.dmd_ema_start) == 0  # a copy, not the start
 
 
 def test_evaluation_does_not_depend_on_its_batch(run):
