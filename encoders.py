@@ -237,9 +237,9 @@ def encode_prompts(prompts: Path, out: Path, folder: Path, device="cpu", batch: 
     """Encode a text file of prompts, one a line, to a prompts-only shard of data.LatentFolder, in bf16.
 
     out: a new `.safetensors` file. Beside it go null.safetensors, the embedding of `negative`, and empty.safetensors,
-    that of the empty prompt, unless they are there. folder: see load_text_encoder. batch: prompts at a time. Returns how many were written. All embeddings are held in
-    memory until then (8 kB a token): give a few thousand prompts a file. ValueError if there is no prompt, `out` exists
-    or has another ending.
+    that of the empty prompt, unless they are there. folder: see load_text_encoder. batch: prompts at a time. Returns
+    how many were written. All embeddings are held in memory until then (8 kB a token): give a few thousand a file.
+    ValueError if there is no prompt, `out` exists or has another ending.
     """
     out = Path(out)
     others = {out.with_name("null.safetensors"): negative, out.with_name("empty.safetensors"): ""}

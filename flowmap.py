@@ -118,7 +118,7 @@ def flow_matching_loss(net, x0: Tensor, text: Tensor, t: Tensor, eps: Tensor, we
 def bell_weight(t: Tensor, shift: float) -> Tensor:
     """The weight of Stage 1's loss in Causal Forcing's code, `training_weight`: a bell around t = 1/2, 0 at 0 and 1,
 
-        w(t) = (exp(-2 (t - 1/2)^2) - exp(-1/2)) / Z,     of mean 1 over the times warp(u; shift), u = 1, .999, ..., .001
+        w(t) = (exp(-2 (t - 1/2)^2) - exp(-1/2)) / Z,      of mean 1 over the times warp(u; shift), u = 1, .999 ... .001
 
     so that noise (t = 1) teaches nothing. t and w `...`.
     """

@@ -111,8 +111,8 @@ def prepare(videos, captions, out, encode_clip, encode_text, negative, frames=81
     """Encode every captioned video into `out`, or what is missing there; see this file's docstring.
 
     encode_clip: bytes `f h w 3` -> latents `f c h w`. encode_text: captions -> list of `l d`; ValueError if one cannot
-    be encoded; None for the empty prompt where nobody knows it. negative: the negative prompt. The rest: the flags of the same names.
-    Returns how many clips this part's shards hold ("clips"), and how many are left out for which reason.
+    be encoded; None for the empty prompt where nobody knows it. negative: the negative prompt. The rest: the flags of
+    the same names. Returns how many clips this part's shards hold ("clips"), and how many are left out, by reason.
     ValueError if the settings are not those of `out`, if nothing has both video and caption, or nothing is of use.
     """
     if frames % 4 != 1 or frames < 1:

@@ -52,8 +52,7 @@ def draw_triple(ts: float, train_grid: Tensor, infer_grid: Tensor, g: torch.Gene
 
 
 def draw_triples(ts: Tensor, train_grid: Tensor, infer_grid: Tensor, g: torch.Generator) -> tuple[Tensor, ...]:
-    """tm and te `b` for the starts ts `b` of several clips. A start without a triple gets tm = te = ts: its defect is 0.
-    """
+    """tm and te `b` for starts ts `b`, one of every clip. Where there is no triple, tm = te = ts: the defect is 0."""
     ends = [draw_triple(t, train_grid, infer_grid, g) or (t, t) for t in ts.tolist()]
     return tuple(torch.tensor(times) for times in zip(*ends))
 

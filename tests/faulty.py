@@ -35,6 +35,13 @@ def elsewhere(*_):
     os.chdir("elsewhere")
 
 
+def another_forward(net, x0, text, t, *_):
+    """One that the other ranks do not run."""
+    import torch
+    with torch.no_grad():
+        net(x0, t, text)
+
+
 def in_backward(work):
     """work(gradient) in the backward pass of a loss."""
     return lambda result: (result[0].register_hook(work), result)[1]
@@ -51,6 +58,7 @@ FAULTS = {  # called with the function's arguments; with when=after, with its re
     "nan": lambda result: (result[0] * float("nan"), *result[1:]),
     "nan_backward": in_backward(lambda gradient: gradient * float("nan")),
     "other_k": lambda drawn: (2, 1) if drawn[0] != 2 else (4, 2),
+    "forward": another_forward,
 }
 
 

@@ -387,5 +387,18 @@ def test_ranks_that_draw_another_rollout(run, tmp_path):
     ran = run(tmp_path / "a", "--stage", "salt", "--dmd-steps", 2, "--critic-steps", 1, ranks=2,
               fault="other_k:at=stages.rollout_length:call=2:rank=1:when=after")
     for r in range(2):
+        ran.said("RankError: ranks disagree on what comes next:\n  rank 0: a rollout of ", "\n  rank 1: a rollout of ",
+                 rank=r)
+
+
+def test_rank_that_runs_another_forward(run, tmp_path):
+    """Bug: a forward on one rank alone, whose weights are gathered from what the others send for other blocks: a job
+    that hangs without a word of where, or trains on; and with --check-ranks, one that does not say which forward."""
+    fault = "forward:at=stages.flow_matching_loss:call=2:rank=1"
+    ran = run(tmp_path / "a", "--timeout", 3, ranks=2, fault=fault)
+    assert set(ran.codes) == {1} and any("--check-ranks" in err for err in ran.err), ran.err
+    assert not any("Traceback" in err for err in ran.err), ran.err
+    ran = run(tmp_path / "b", "--check-ranks", ranks=2, fault=fault)
+    for r in range(2):
         ran.said("RankError: ranks disagree on what comes next:\n  rank 0: CausalWan", "\n  rank 1: CausalWan",
                  "with gradient", "without gradient", rank=r)

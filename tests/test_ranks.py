@@ -81,10 +81,21 @@ def rank_main(out, changes, *jobs):
     """What each of those ranks runs: this file as a script."""
     cfg = small(out, **json.loads(changes))
     with fsdp.setup(cfg.device, cfg.precision, cfg.shard_over, cfg.timeout):
-        results = {stage: updates(cfg, stage) for stage in jobs}
+        waits, all_gather, results = {}, fsdp.dist.all_gather, {}
+        for stage in jobs:
+            waits[stage] = 0
+
+            def counted(*args, stage=stage, **kwargs):
+                waits[stage] += kwargs.get("group") is fsdp.control.group
+                return all_gather(*args, **kwargs)
+
+            fsdp.dist.all_gather = counted
+            results[stage] = updates(cfg, stage)
+        fsdp.dist.all_gather = all_gather
 
         def write():
             fsdp.write_text(Path(out) / "ranks.json", json.dumps({k: metrics for k, (metrics, _) in results.items()}))
+            fsdp.write_text(Path(out) / "waits.json", json.dumps(waits))
             weights = {f"{k}:{name}": v for k, (_, weights) in results.items() for name, v in weights.items()}
             write_tensors(Path(out) / "ranks.safetensors", weights, {})
 
@@ -105,6 +116,14 @@ def test_two_ranks_are_one_process(alone, two_ranks, stage):
     """Bug: a loss averaged over ranks twice or not at all; a draw that depends on the rank or on the size of its part;
     a gradient lost between the forwards of a rollout; weights gathered before they changed."""
     same(two_ranks[1][stage], alone[stage])
+
+
+def test_ranks_wait_for_each_other_a_few_times_an_update(two_ranks):
+    """Bug: a wait for the slowest rank before every forward, hundreds in an update that rolls out."""
+    waits = json.loads((two_ranks[0] / "waits.json").read_text())
+    assert waits.keys() == train.STAGES.keys()
+    for stage, n in waits.items():  # once for each optimizer step's metrics, and where a rollout is drawn; trajectories
+        assert 0 < n <= UPDATES * 4 + 6 * stage.endswith("_ode"), (stage, n)
 
 
 @pytest.mark.parametrize("stage", train.STAGES)
