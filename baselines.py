@@ -22,7 +22,7 @@
     self_forcing             self-rollouts, from bidirectional_ode
     causal_forcing           self-rollouts, from causal_ode
     causal_forcing_pp        self-rollouts, from causal_cd
-    naive_sc                 causal_forcing_pp + L_SC on its one grid, which hurts (Salt Tab. 5)
+    naive_sc                 causal_forcing_pp + L_SC on its one grid (Salt Tab. 5: worse; on the toy: no difference)
     mixed_sc                 mixed steps + L_SC: salt without alignment
 """
 
@@ -194,7 +194,7 @@ def dense_shortcut(cfg, kind, step, part, net, ema, teacher, x0, text):
 
 def dmd4_scfm(cfg, start) -> Training:
     """The naive hybrid (Salt A.2): DMD on 4 times, shortcuts on a dense grid. Between the 4, nobody matches
-    distributions, and that is where the composed branch goes."""
+    distributions, and that is where the composed branch goes: Salt's reason why it is worse than either."""
     net, ema, teacher, critic = alike(cfg, start, "bidirectional")
     real = guide(cfg, teacher, cfg.score_guidance)
 
@@ -322,8 +322,8 @@ def causal_ode(cfg, start) -> Training:
 def causal_dmd(cfg, start) -> Training:
     """Causal DMD (CF++ Eq. 7): generator, teacher and critic are autoregressive and see the clean past of real clips.
 
-    Sharp first frames, then drift: it never meets its own history, and reverse KL puts all mass where an error of the
-    history hurts (CF++ Sec. 3.4).
+    CF++ reports sharp first frames, then drift: it never meets its own history, and reverse KL puts all mass where an
+    error of the history hurts (Sec. 3.4; tests/test_mixture_world.py). Over the toy's 8 frames it does not drift.
     """
     net, ema, teacher, critic = alike(cfg, start, "teacher_forcing")
     grid = schedule(4, cfg.shift)
@@ -359,7 +359,11 @@ def causvid(cfg, start) -> Training:
 
 def self_rollout_dmd(cfg, start, mixed=False, with_sc=False) -> Training:
     """Self Forcing (arXiv 2506.08009), and stage 3 of Causal Forcing and CF++: DMD on rollouts of --rollout-steps;
-    mixed: of --mixed-steps (Salt Sec. 3.3). with_sc: + lambda_sc L_SC at the largest K."""
+    mixed: of --mixed-steps (Salt Sec. 3.3). with_sc: + lambda_sc L_SC at the largest K.
+
+    Salt does not say from which grid naive_sc takes te. With one K, T_train is T^(K); we read T^(K) of Eq. 9 as that of
+    half as many steps, as between T^(8) and T^(4): with K = 4, te is .8333 or 0.
+    """
     net, ema, teacher, critic = asymmetric(cfg, start)
     lengths, probabilities = (cfg.mixed_steps, cfg.mixed_probs) if mixed else ((cfg.rollout_steps,), (1.0,))
     return distribution_matching(cfg, net, ema, teacher, critic, rollouts(cfg, net, lengths, probabilities, with_sc))

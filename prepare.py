@@ -2,7 +2,9 @@
 
     python wan21.py prepare --videos clips --captions clips.csv --wan Wan2.1-T2V-1.3B --out latents
     python wan21.py prepare ... --part 0/4 --device cuda:0        # on each of four GPUs its own part
-    python train.py --size wan1.3b --data latents --out runs/wan  # its --frames, --height and --width are latent sizes
+    python train.py --size wan1.3b --stage teacher_forcing --data latents --out runs/wan --accum 64
+
+(train.py's --frames, --height and --width are sizes of latents.)
 
 Captions: a .csv or .tsv with the columns `video` and `caption`, or a .jsonl with {"video": ..., "caption": ...} a line;
 a video is a file, or a folder of pictures, by its name relative to --videos (video.read tells what can be read). Of

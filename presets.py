@@ -1,6 +1,7 @@
 """Settings of the papers' methods at Wan's size, each value with its source.
 
-    python train.py --size wan1.3b --preset causal_forcing_pp --stage teacher_forcing ...
+    python train.py --size wan1.3b --preset causal_forcing_pp --stage teacher_forcing --data latents --accum 64 \
+        --out runs/frame_wise
 
 A preset replaces defaults of train.Config, which are the toy's, and a flag of the command line replaces a value of the
 preset. Without --preset it is the one named as the --stage, else `salt`. Stages of one run need one preset: give it.

@@ -11,9 +11,9 @@ chunk in place of K + 1, with the same numbers.
 
 Training asks for an *exit step* (Self Forcing): every chunk stops at step `exit_step` of the grid and its prediction
 x_0 there is the output; only that last forward carries gradient. Over random exit steps each time of the grid is
-trained behind the student's own history. (Not quite that of inference: with an early exit the chunks in the cache are
-early predictions too. The last exit step is inference.) A first chunk with a grid of its own has an exit step of its
-own, `first_exit`, drawn independently: with K = 1 and 4 first steps it exits at t = 1, .9375, .8333 or .625, while
+trained behind a history of the student's own. (Not quite that of inference: with an early exit the chunks in the cache
+are early predictions too. The last exit step is inference.) A first chunk with a grid of its own has an exit step of
+its own, `first_exit`, drawn independently: with K = 1 and 4 first steps it exits at t = 1, .9375, .8333 or .625, while
 every other chunk exits at t = 1. While a chunk is being yielded the cache still holds its past and not yet itself, so
 the consumer may run further forwards in the chunk's own condition: Salt's self-consistency term does.
 

@@ -8,12 +8,13 @@
     python train.py --help                   # every flag
 
     torchrun --nproc_per_node 2 train.py                  # the same on 2 ranks: gloo on CPUs, nccl on GPUs
-    torchrun --nproc_per_node 8 train.py --size wan1.3b --stage teacher_forcing --data latents --out runs/wan
-    torchrun --nnodes 4 --nproc_per_node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --max-restarts 3 train.py ...
+    torchrun --nproc_per_node 8 train.py --size wan1.3b --stage teacher_forcing --data latents --out runs/wan --accum 8
+    torchrun --nnodes 4 --nproc_per_node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --max-restarts 3 train.py \
+        --size wan1.3b --stage salt --data prompts --out runs/wan --accum 2
     python train.py --size wan1.3b --data random --plan   # what it would need; nothing is allocated
 
-The four stages of the recipe are in stages.py, every other method in baselines.py, all that knows of ranks in fsdp.py,
-the measuring in evaluate.py; this file is the config and the loop.
+The four stages of the recipe are in stages.py, every other method in baselines.py, the papers' settings in presets.py,
+all that knows of ranks in fsdp.py, the measuring in evaluate.py; this file is the config and the loop.
 
 A run leaves in --out: STAGE.safetensors (EMA weights, official names) and STAGE_raw.safetensors, sheets of pictures,
 config.json, metrics.jsonl, and STAGE.state/, checkpoints from which a stopped or killed run goes on, step for step as

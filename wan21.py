@@ -2,9 +2,9 @@
 commands that bring its weights, prompts (encoders.py) and videos (prepare.py) into the project's files.
 
     python wan21.py convert SRC OUT --layout own --size wan1.3b           # OUT is then the --out folder of train.py:
-    python train.py --size wan1.3b --stage teacher_forcing --data latents --out OUT         # starts from Wan's weights
+    python train.py --size wan1.3b --stage teacher_forcing --data latents --out OUT --accum 64   # from Wan's weights
     python wan21.py convert causal_forcing.pt OUT --layout own --stage causal_cd --chunk 3  # a public student
-    python wan21.py convert runs/wan/salt.safetensors OUT --layout diffusers --dtype bf16   # ours, for other programs
+    python wan21.py convert runs/wan/salt.safetensors FOLDER --layout diffusers --dtype bf16   # for other programs
     python wan21.py encode-prompts prompts.txt prompts/0.safetensors --wan Wan2.1-T2V-1.3B
     python wan21.py prepare --videos clips --captions captions.csv --out latents --wan Wan2.1-T2V-1.3B
 
