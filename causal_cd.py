@@ -128,8 +128,8 @@ def rcm_loss(student, teacher, x0: Tensor, text: Tensor, t: Tensor, eps: Tensor)
         dG/dt = v_teacher - v - t dv/dt = 0,    dv/dt = (dv/dx) v_teacher + dv/dt|x    by one forward-mode JVP
 
     so v is pulled along the tangent g = v_teacher - v - t dv/dt, normalised to g / (||g|| + 0.1), ||.|| the norm of a
-    whole sample, as in sCM and rCM: a loss of size 1 / N for N elements, which its weight has to make up for. rCM
-    writes this for the TrigFlow path, we for x_t = (1 - t) x_0 + t eps, without its warm-up of the tangent. t: `b f`.
+    whole sample, as in sCM and rCM. rCM writes this for the TrigFlow path, we for x_t = (1 - t) x_0 + t eps, without
+    its warm-up of the tangent. t: `b f`.
     """
     x_t = add_noise(x0, eps, t)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no forward mode

@@ -275,8 +275,8 @@ def read_prompt_embeds(path: Path) -> tuple[list[str], list[Tensor]]:
 
 
 def read_null(path: Path, name: str = "null.safetensors") -> Tensor:
-    """The embedding of the negative prompt, float32 `l d`, in the null.safetensors beside a file of prompts; or that of
-    the empty one, in empty.safetensors."""
+    """The embedding, float32 `l d`, in a file beside a file of prompts. name: null.safetensors, the negative prompt's,
+    or empty.safetensors, the empty one's."""
     path = Path(path).with_name(name)
     try:
         with safe_open(path, "pt") as f:

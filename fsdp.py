@@ -9,9 +9,11 @@ before it needs them (in bf16, if --precision says so); gradients are averaged i
 the global batch. What it draws depends on (seed, step, index in the global batch) alone, so ranks need not talk about
 draws; but if one ever took another path than the rest, all would wait for each other for ever, or go on with mixed-up
 weights. So ranks `agree`: each says what it is about to do, and if two differ, or one says nothing for --timeout
-seconds, all stop with a message. They do so a few times per update: where the length of a rollout is drawn, and where
-metrics are averaged, which also compares all forwards since then. With --check-ranks they agree before every forward: a
-wait for the slowest rank each time, but the message then names the first forward that differs.
+seconds, all stop with a message. They do so once or twice per optimizer step: where a rollout is drawn, and where metrics
+are averaged, which also compares all forwards since then. With --check-ranks they agree before every forward: a
+wait for the slowest rank each time, but the message then names the first forward that differs. (A rank that stalls
+between two agreements is missed in a collective of FSDP. Under gloo that ends in a message, too; under nccl, untested,
+it may be its watchdog that stops the job, and then only --check-ranks is sure to name the rank.)
 
 A plain `python train.py` in fp32 has no ranks: then shard leaves the network whole, and the rest does nothing.
 """
@@ -102,7 +104,7 @@ def setup(device: str, precision: str, shard_over: int, timeout: float, every_fo
         yield
     except RuntimeError as e:
         lost = isinstance(e, RankError)
-        if not lost and is_lost(e):  # while they meet, or in a backward, where nothing is agreed on first
+        if not lost and is_lost(e):  # while they meet, or in a forward or backward
             lost, e = True, in_vain(e, timeout)
         if lost and cuda:  # to leave in order, nccl would wait for the rank that is lost
             print(f"RankError: {e}", file=sys.stderr, flush=True)
@@ -220,7 +222,7 @@ def forget_gathered(*nets: nn.Module) -> None:
 # What ranks tell each other
 
 def announce(what: str) -> None:
-    """Leave word, for nobody to wait for, of what this rank is about to do: `late` reads it."""
+    """Write down what this rank is about to do, without waiting for anyone: `late` reads it."""
     control.announced, control.last = control.announced + 1, what
     control.store.set(f"rank {rank()}", f"{control.announced} {what}")
 

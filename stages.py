@@ -148,6 +148,10 @@ def finished(cfg, stage, kind="") -> dict[str, Tensor]:
     if about.get("stage") != stage or about.get("size") != cfg.size:
         raise ValueError(f"got {path} of stage {about.get('stage')} and size {about.get('size')}, expected stage "
                          f"{stage} and size {cfg.size}: change --out or --size")
+    chunk = about.get("config", {}).get("chunk", cfg.chunk)
+    if about.get("causal") and chunk != cfg.chunk:
+        raise ValueError(f"got {path}, trained in chunks of {chunk}, expected {cfg.chunk} as in this stage: change "
+                         "--chunk, --preset or --out")
     return weights
 
 
@@ -427,8 +431,8 @@ def clip_statistics(x0: Tensor, chunk: int) -> dict:
 def self_rollout(cfg, net, text, noise, steps, exit_step=None, first_exit=None, triple=None):
     """Roll out a clip x0 `b f c h w` of `steps` steps a chunk; exit steps as in `stream`. noise: `b K f c h w`.
 
-    triple: times (ts, tm, te), for L_SC of every chunk that exits at ts, all but a first chunk with an exit of its own.
-    Returns x0 and these losses, a list.
+    triple: times (ts, tm, te), for L_SC of every chunk that exits at ts (a first chunk may exit elsewhere). Returns x0
+    and these losses, a list.
     """
     grid, first_grid = grids(steps, cfg.shift, cfg.first_steps)
     x0, sc = [], []
@@ -476,7 +480,8 @@ def rollouts(cfg, net, lengths, probabilities, with_sc: bool) -> Callable:
             triple = ends and (ts, *ends)
         text = prompts_only(cfg, step, part, which)
         noise = noise_like(cfg, "dmd", step, part, (densest, *video_shape(cfg)), NOISE, which)
-        fsdp.agree(f"a rollout of {k} steps, exit {exit_step}, {first_exit} in the first chunk")
+        if part == fsdp.my_parts(cfg.batch, cfg.accum)[0]:
+            fsdp.agree(f"a rollout of {k} steps, exit {exit_step}, {first_exit} in the first chunk")
         x0, sc = self_rollout(cfg, net, text, noise, k, exit_step, first_exit, triple)
         terms = {"sc": torch.stack(sc).mean()} if sc else {}
         drawn = {"K": k, "exit_step": exit_step, "first_exit": first_exit}

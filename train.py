@@ -150,7 +150,7 @@ class Config:
     align_depth: float = flag(0.5, "depth of those features, 1: after its last block", "dmd")
     lambda_gan: float = flag(0.03, "weight of sc_dmd_gan's discriminator (ours)", "dmd")
     lambda_scfm: float = flag(1.0, "weight of the shortcut loss in dmd4_scfm (ours)", "dmd")
-    lambda_rcm: float = flag(50.0, "weight of the consistency loss in rcm, DMD's being 1 (rCM: 100 to 2)", "dmd")
+    lambda_rcm: float = flag(50.0, "weight of the consistency loss in rcm (rCM: 100 to 2 of our DMD)", "dmd")
 
     eval_clips: int = flag(256, "clips behind each row of the table", "none")
     eval_seed: int = flag(0, "prompts and noise of the table; settings were chosen on 0, README reports 1", "none")
@@ -437,7 +437,7 @@ def run(cfg: Config) -> list[dict]:
     for k in cfg.mixed_steps:
         say(f"times of {k} steps: {[round(t, 4) for t in schedule(k, cfg.shift).tolist()]}")
 
-    if cfg.preset and not cfg.teacher_size and any(STAGES[stage].kind == "dmd" for stage in stages):
+    if cfg.size == "wan1.3b" and not cfg.teacher_size and any(STAGES[stage].windowed for stage in stages):
         say(f"DMD's teacher is of --size {cfg.size}; the papers' is of 14B: --teacher-size wan14b --teacher-out FOLDER")
 
     most, until = budget(cfg.stop_after)

@@ -1,4 +1,5 @@
-"""Every command of the README and of the docstrings, run as it stands there, in a tiny form where it is long."""
+"""Every command of the README and of the docstrings, run as it stands there, in a tiny form where it is long; of
+torchrun's, what follows train.py, in one process (test_ranks.py and test_faults.py run ranks)."""
 
 import dataclasses
 import re
@@ -76,6 +77,7 @@ def home(tmp_path_factory):
         (home / "clips" / f"v{i}").mkdir(parents=True)
         for j in range(21):
             Image.new("RGB", (48, 32), (10 * j, 100, 50 * i)).save(home / "clips" / f"v{i}" / f"{j:02d}.png")
+    wan21.main("encode-prompts prompts.txt prompts/0.safetensors --wan Wan2.1-T2V-1.3B".split())
     for name in ("captions.csv", "clips.csv"):
         Path(name).write_text("video,caption\nv0,a red fox runs through snow\nv1,a dog\n")
     yield home

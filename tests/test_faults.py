@@ -321,7 +321,8 @@ def clips(tmp_path_factory):
                enumerate(zip(data.noises(range(10), (4, 3, 10, 10), 1), data.noises(range(10), (2, 16), 2)))]
     data.write_shard(folder / "a.safetensors", samples[:5])
     data.write_shard(folder / "b.safetensors", samples[5:])
-    data.write_null(folder / "null.safetensors", torch.zeros(2, 16))
+    for text in ("null", "empty"):
+        data.write_null(folder / f"{text}.safetensors", torch.zeros(2, 16))
     return folder
 
 

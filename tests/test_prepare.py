@@ -80,13 +80,15 @@ def test_every_clip_has_its_caption(tmp_path, films):
     counts = prepare.prepare(*films(10), tmp_path / "out", encode_clip, encode_text, **HOW)
     assert counts == {"clips": 10}
     assert pairs(tmp_path / "out") == {f"clip {i:03d}": (10 * i, f"{i:03d}") for i in range(10)}
-    assert set(files(tmp_path / "out")) == {f"0000{k}.safetensors" for k in range(3)} | {"null.safetensors",
-                                                                                       "prepare.json"}
+    assert set(files(tmp_path / "out")) == {f"0000{k}.safetensors" for k in range(3)} | {
+        "null.safetensors", "empty.safetensors", "prepare.json"}
     with data.safe_open(tmp_path / "out" / "00000.safetensors", "pt") as f:
         assert {f.get_slice(name).get_dtype() for name in f.keys()} == {"BF16"}
         assert len(f.keys()) == 8
     with data.safe_open(tmp_path / "out" / "null.safetensors", "pt") as f:
         assert torch.equal(f.get_tensor("text"), encode_text(["ugly"])[0].bfloat16())
+    with data.safe_open(tmp_path / "out" / "empty.safetensors", "pt") as f:
+        assert torch.equal(f.get_tensor("text"), encode_text([""])[0].bfloat16())
 
 
 def test_training_reads_it(tmp_path, films, monkeypatch):
@@ -400,6 +402,10 @@ def test_with_wans_vae(tmp_path, films):
             assert torch.allclose(got.float(), want[0].transpose(0, 1), atol=0.02) and got.shape == (2, 16, 2, 2)
             assert torch.equal(f.get_tensor(f"{i}.text"), texts[2 * i]["text"])
     assert data.LatentFolder(tmp_path / "out", (2, 16, 2, 2), (2, 3)).null_text.tolist() == [[1, 1, 1], [0, 0, 0]]
+    assert not (tmp_path / "out" / "empty.safetensors").exists()  # nobody knows it
+    data.write_null(tmp_path / "prompts" / "empty.safetensors", torch.full((1, 3), 2.0))
+    prepare.run(args)
+    assert data.LatentFolder(tmp_path / "out", (2, 16, 2, 2), (2, 3)).empty_text.tolist() == [[2, 2, 2], [0, 0, 0]]
     captions(where[1], [("v0", "clip 000"), ("v1", "a cat")])
     with pytest.raises(ValueError, match="no embedding of 1 captions, 'a cat' for one.*--prompt-embeds"):
         prepare.run(args)

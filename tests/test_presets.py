@@ -20,7 +20,7 @@ def parsed(words):
     return train.parse(f"--size wan1.3b --data random --device cpu {words}".split())
 
 
-# what the sources say: CF's yaml files and scripts, SF's yaml file, CF++ Sec. 4, Salt Sec. B and A.1
+# a second reading of the sources: CF's yaml files and scripts, SF's yaml file, CF++ Sec. 4, Salt Sec. B and A.1
 TEACHER = dict(teacher_forcing_lr=2e-6, teacher_betas=(0.0, 0.999), teacher_forcing_weight="bell", ema=0.0,
                teacher_forcing_steps=20_000, train_shift=5.0)
 CD = dict(trajectory_betas=(0.0, 0.999), trajectory_ema=0.99, guidance=3.0, trajectory_grid=48, trajectory_steps=5000)
@@ -29,8 +29,8 @@ DMD = dict(dmd_lr=2e-6, critic_lr=4e-7, dmd_betas=(0.0, 0.999), critic_steps=5, 
            score_shift=5.0, score_guidance=1 + 3.0, shift=5.0)
 ALL = dict(prompt_dropout=0.0, lr_schedule="constant", ema_ramp=False, clip_norm=10.0, frames=21, height=60, width=104)
 SOURCES = {
-    "self_forcing": ALL | TEACHER | ODE | DMD | dict(chunk=3, rollout_steps=4, dmd_steps=600 // 5, batch=64),
-    "causal_forcing": ALL | TEACHER | ODE | DMD | dict(chunk=3, rollout_steps=4, batch=64),
+    "self_forcing": ALL | TEACHER | CD | DMD | dict(chunk=3, rollout_steps=4, dmd_steps=600 // 5, batch=64),
+    "causal_forcing": ALL | TEACHER | CD | DMD | dict(chunk=3, rollout_steps=4, batch=64),
     "causal_forcing_pp": ALL | TEACHER | CD | DMD | dict(chunk=1, first_steps=4, dmd_steps=1000 // 5, batch=64),
     "salt": ALL | TEACHER | CD | DMD | dict(chunk=3, mixed_steps=(2, 4, 8), mixed_probs=(0.2, 0.4, 0.4), lambda_sc=0.2,
                                             first_steps=1, align_warmup=600 / 1000, batch=64),
@@ -46,12 +46,18 @@ def test_presets_are_what_the_sources_say(name):
     train.check(cfg)
     assert cfg.preset == name
     assert {k: getattr(cfg, k) for k in SOURCES[name]} == SOURCES[name]
+    for stage in ("causal_ode", "bidirectional_ode"):  # whatever the preset: CF's Stage 3 starts from either
+        cfg = parsed(f"--preset {name} --stage {stage}")
+        assert {k: getattr(cfg, k) for k in ODE} == ODE
 
 
 def test_preset_is_of_the_stage_if_not_given_and_flags_change_it():
     """Bug: Salt's stage with the settings of another method, a flag that a preset overrides, the toy with Wan's."""
-    assert [parsed(f"--stage {s}").preset for s in ("salt", "sc_dmd", "causal_forcing_pp", "causal_cd", "all")] == [
-        "salt", "sc_dmd", "causal_forcing_pp", "salt", "salt"]
+    for preset, of in dict(salt="salt mixed_sc naive_sc causal_cd teacher_forcing all", sc_dmd="dmd4 pcm rcm sc_dmd",
+                           self_forcing="self_forcing causvid bidirectional_ode", causal_forcing="causal_ode",
+                           causal_forcing_pp="causal_forcing_pp causal_dmd").items():
+        assert {parsed(f"--stage {stage}").preset for stage in of.split()} == {preset}
+    assert presets.OF_STAGE.keys() < train.STAGES.keys() and set(presets.OF_STAGE.values()) < presets.PRESETS.keys()
     cfg = parsed("--stage causal_cd --preset causal_forcing_pp --trajectory-lr 3e-6 --dmd-betas 0.5 0.9")
     assert (cfg.chunk, cfg.trajectory_lr, cfg.dmd_betas) == (1, 3e-6, (0.5, 0.9))
     assert train.parse([]) == train.Config() and train.Config().preset == ""
@@ -138,8 +144,16 @@ def test_teacher_of_the_papers_is_named(wan, capsys):
     """Bug: a run with the papers' settings whose teacher is ten times smaller than theirs, without a word."""
     train.main(wan("--stage salt --dmd-steps 1"))
     assert "the papers' is of 14B: --teacher-size wan14b" in capsys.readouterr().out
+    for words in ("--stage causal_cd --trajectory-steps 1", "--stage sc_dmd --dmd-steps 1"):  # Salt: non-AR has 1.3B
+        train.main(wan(words))
+        assert "14B" not in capsys.readouterr().out
+
+
+def test_weights_of_another_chunk_are_refused(wan, tmp_path):
+    """Bug: causal_cd trained under one preset, in chunks of 3, then causal_forcing_pp under another, frame by frame."""
     train.main(wan("--stage causal_cd --trajectory-steps 1"))
-    assert "14B" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="causal_cd.safetensors, trained in chunks of 3, expected 1.*--preset"):
+        train.main(parsed(f"--out {tmp_path} --stage causal_forcing_pp --frames 6 --height 4 --width 6 --batch 2"))
 
 
 # -- dropped prompts --------------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ import train
 import wan21
 
 README = (ROOT / "README.md").read_text()
-TORCHRUN = {"--nproc_per_node", "--nnodes", "--max-restarts", "--rdzv-backend", "--rdzv-endpoint"}
+TORCHRUN = {"--nproc_per_node", "--nnodes", "--max-restarts", "--rdzv-backend", "--rdzv-endpoint",
+            "--shutdown-timeout"}
 TESTS = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
 
 

@@ -189,7 +189,9 @@ def test_encode_prompts(folders, tmp_path):
     padded = wan.pad_text(texts)
     assert sorted(folder.texts(range(3), 0).sum((1, 2)).tolist()) == sorted(padded.sum((1, 2)).tolist())
     assert torch.equal(folder.null_text, wan.pad_text([wan.read_null(out)])[0])
-    assert {p.name for p in out.parent.iterdir()} == {out.name, "null.safetensors"}
+    assert torch.equal(wan.read_null(out, "empty.safetensors"), encoder.encode([""])[0].float())
+    assert torch.equal(folder.empty_text, wan.pad_text([wan.read_null(out, "empty.safetensors")])[0])
+    assert {p.name for p in out.parent.iterdir()} == {out.name, "null.safetensors", "empty.safetensors"}
 
     before = wan.read_null(out)
     with pytest.raises(ValueError, match="there already"):
@@ -207,7 +209,7 @@ def test_prompt_files_that_cannot_be_used(folders, tmp_path):
     prompts.write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match="UTF-8"):
         wan.encode_prompts(prompts, out, official)
-    for name in ("null.safetensors", "0.txt"):
+    for name in ("null.safetensors", "empty.safetensors", "0.txt"):
         with pytest.raises(ValueError, match="a name that ends in .safetensors"):
             wan.encode_prompts(prompts, tmp_path / name, official)
     with pytest.raises(ValueError, match="got no (file|readable) .*--prompt-embeds"):

@@ -155,7 +155,8 @@ def test_training_from_a_folder(run, tmp_path, stage):
     for name in ("video", "prompts"):
         samples = [{k: v for k, v in row.items() if k != "latents" or name == "video"} for row in rows]
         data.write_shard(tmp_path / name / "0.safetensors", samples)
-        data.write_null(tmp_path / name / "null.safetensors", torch.zeros(1, 16))
+        for text in ("null", "empty"):
+            data.write_null(tmp_path / name / f"{text}.safetensors", torch.zeros(1, 16))
     if stage == "teacher_forcing":
         with pytest.raises(ValueError, match="video.*--data"):
             train.main(config(tmp_path / "run", stage=stage, data=str(tmp_path / "prompts")))
