@@ -9,8 +9,8 @@ before it needs them (in bf16, if --precision says so); gradients are averaged i
 the global batch. What it draws depends on (seed, step, index in the global batch) alone, so ranks need not talk about
 draws; but if one ever took another path than the rest, all would wait for each other for ever, or go on with mixed-up
 weights. So ranks `agree`: each says what it is about to do, and if two differ, or one says nothing for --timeout
-seconds, all stop with a message. They do so once or twice per optimizer step: where a rollout is drawn, and where metrics
-are averaged, which also compares all forwards since then. With --check-ranks they agree before every forward: a
+seconds, all stop with a message. They do so once or twice per optimizer step: where a rollout is drawn, and where
+metrics are averaged, which also compares all forwards since then. With --check-ranks they agree before every forward: a
 wait for the slowest rank each time, but the message then names the first forward that differs. (A rank that stalls
 between two agreements is missed in a collective of FSDP. Under gloo that ends in a message, too; under nccl, untested,
 it may be its watchdog that stops the job, and then only --check-ranks is sure to name the rank.)
