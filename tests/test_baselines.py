@@ -490,6 +490,18 @@ def test_first_chunk_exits_at_each_of_its_times_whatever_the_others_do(trained, 
     assert stages.draw_first_exit(tiny(trained), 4, 2, 0, 0) == 2  # without a grid of its own: that of the others
 
 
+def test_evaluation_takes_every_step_of_the_first_chunk(trained, calls):
+    """Bug: students measured with a first chunk that exits as early as the others."""
+    cfg = tiny(trained, rollout_steps=1)
+    net = evaluate.network(cfg, "causal_cd")
+    _, prompts, noise = evaluate.evaluation_set(cfg, 2)
+    for steps in (1, 2):
+        calls.clear()
+        evaluate.generate(cfg, "causal_cd", net, steps, prompts, noise)
+        times = [c["t"].flatten()[0].item() for c in calls if c["layout"] == "cache"]
+        assert times == [*schedule(4, 5.0).tolist(), *3 * schedule(steps, 5.0).tolist()]
+
+
 def test_sc_leaves_out_a_first_chunk_that_exits_elsewhere(trained, monkeypatch):
     """Bug: a triple applied to a chunk that stands at another time than its ts, even below its tm."""
     seen, sc = [], stages.sc_loss.sc_loss

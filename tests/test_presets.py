@@ -84,7 +84,9 @@ def wan(monkeypatch, tmp_path):
         stages.path_of(cfg, cfg.stage).unlink(missing_ok=True)
         for name in {"bidirectional", "teacher_forcing", "causal_cd", "causal_ode"} - {cfg.stage}:
             about = {"stage": name, "size": "wan1.3b", "config": dataclasses.asdict(cfg)}
-            write_tensors(stages.path_of(cfg, name), stages.build(cfg, seed=1).state_dict(), about)
+            net = stages.build(cfg, seed=1)
+            torch.nn.init.normal_(net.head.head.weight, std=0.1)  # so that there is something to distil
+            write_tensors(stages.path_of(cfg, name), net.state_dict(), about)
         return cfg
 
     return make
@@ -106,6 +108,22 @@ def test_betas_and_a_constant_rate_reach_the_optimizers(wan, stage, preset, beta
     for step in (0, cfg.steps_of(train.STAGES[stage].kind) - 1):
         training.update(step)
         assert {k: o.param_groups[0]["lr"] for k, o in training.optimizers.items()} == rates
+
+
+@pytest.mark.parametrize("stage, step, kept", [
+    ("teacher_forcing", 0, 0.0), ("causal_cd", 0, 0.99), ("causal_ode", 0, 0.0), ("causal_forcing_pp", 0, 0.0),
+    ("causal_forcing_pp", 39, 0.0), ("causal_forcing_pp", 40, 0.99)])
+def test_averages_of_the_public_code_reach_the_stages(wan, stage, step, kept):
+    """Bug: a decay or a start of the average that a preset sets and a stage does not read."""
+    cfg = wan(f"--stage {stage} --preset causal_forcing_pp --dmd-lr 1e-3 --trajectory-lr 1e-3 "
+              "--teacher-forcing-lr 1e-3")
+    training = train.STAGES[stage].begin(cfg, train.start_of(cfg, stage))
+    net, ema = training.nets["net"], training.nets["ema"]
+    before = {k: v.clone() for k, v in ema.state_dict().items()}
+    training.update(step)
+    for k, v in ema.state_dict().items():
+        assert torch.allclose(v, kept * before[k] + (1 - kept) * net.state_dict()[k], rtol=0, atol=1e-6)
+    assert max((v - before[k]).abs().max() for k, v in net.state_dict().items()) > 1e-4
 
 
 def test_bell_weight_is_that_of_the_public_code(golden):
