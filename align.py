@@ -1,9 +1,9 @@
 """Reference alignment: a low-step rollout should keep the spatial structure of a denser one from the same noise.
 
-In autoregressive generation the cache is made by the model; with few steps it is worse, and so is what follows. Salt
-rolls out twice from the same noise, with K steps and with the next denser schedule (2 -> 4, 4 -> 8; no gradient), and
-compares the two, not pixel by pixel, but by how the tokens of a frame relate to each other (token relation
-distillation, TRD):
+In autoregressive generation the cache is made by the model; Salt finds it worse with few steps, and so what follows.
+(On the toy alignment makes no difference: README.) It rolls out twice from the same noise, with K steps and with the
+next denser schedule (2 -> 4, 4 -> 8; no gradient), and compares the two, not pixel by pixel, but by how the tokens of a
+frame relate to each other (token relation distillation, TRD):
 
     R = Z Z^T                      Z `s d`: l2-normalised features of one frame's tokens               (Salt Eq. 11)
     L_align = mean_f mean_ij [ |R_low - R_ref| - delta ]_+                                             (Salt Eq. 12)

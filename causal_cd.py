@@ -27,8 +27,8 @@ Where we differ from the public code, and why
     the chunks are independent problems, so this is the same expectation with less variance.
   - Times stay in float32 (in bf16 the small steps t - s are off by up to 64 %).
   - A bidirectional teacher cannot be used: its x_0^i depends on future frames, so it is not a function of
-    (x_t^i, x_gt^{<i}), and the student would learn the conditional mean, a blur (CF++ Sec. 3.1). `ode_loss` accepts
-    its trajectories, because CausVid and Self Forcing start so (baselines.bidirectional_ode).
+    (x_t^i, x_gt^{<i}), and the student would learn its conditional mean (CF++ Sec. 3.1). `ode_loss` accepts its
+    trajectories, because CausVid and Self Forcing start so (baselines.bidirectional_ode).
 """
 
 import torch
