@@ -171,7 +171,8 @@ def test_weights_of_another_chunk_are_refused(wan, tmp_path):
     """Bug: causal_cd trained under one preset, in chunks of 3, then causal_forcing_pp under another, frame by frame."""
     train.main(wan("--stage causal_cd --trajectory-steps 1"))
     with pytest.raises(ValueError, match="causal_cd.safetensors, trained in chunks of 3, expected 1.*--preset"):
-        train.main(parsed(f"--out {tmp_path} --stage causal_forcing_pp --frames 6 --height 4 --width 6 --batch 2"))
+        train.main(parsed(f"--out {tmp_path} --stage causal_forcing_pp --frames 6 --height 4 --width 6 --batch 2 "
+                          "--dmd-steps 1"))
 
 
 # -- dropped prompts --------------------------------------------------------------------------------------------------
