@@ -112,7 +112,7 @@ def test_rcm_tangent_vanishes_at_the_flow_map_and_is_computed_by_hand_elsewhere(
 @pytest.mark.parametrize("side", [4, 64])
 def test_rcm_weighs_consistency_against_dmd_as_rcm_does_at_every_size(side):
     """Bug: a weight that was matched on the toy: rCM normalises the tangent of a whole sample, so its pull on x by
-    1 / sqrt(N) weaker than DMD's as clips grow, and ours was 28 times too strong at Wan's size. Checked against rCM's
+    1 / sqrt(N) weaker than DMD's as clips grow, and ours was 29 times too strong at Wan's size. Checked against rCM's
     own form of both losses, summed over a sample, 100 on consistency."""
     v, x0, x0_fake, x0_real, drift = (normals(2, 1, 1, side, side, seed=i).requires_grad_(i < 2) for i in range(5))
     t, at = torch.full((2, 1), 0.5).double(), [2, 1, 1, 1, 1]
