@@ -268,8 +268,8 @@ def trajectories(cfg, stage, teacher, layout_of) -> tuple[list[Path], dict]:
                 return teacher(x, torch.full(x.shape[:2], t, device=x.device), text, **layout)
 
             states = trajectory(velocity, noise, grid, keep=cfg.trajectory_grid // 4)
-            fsdp.agree(f"writing trajectories from {files[step * cfg.batch]} on")
             about = {"settings": settings, "seconds": (time.time() - start) / len(x0)}
+            fsdp.agree(f"writing trajectories from {files[step * cfg.batch]} on")
             for i, path in enumerate(files[step * cfg.batch : (step + 1) * cfg.batch][part]):
                 write_tensors(path, {"x0": x0[i], "states": states[i], "text": text[i]}, about)
     fsdp.agree("training on trajectories")

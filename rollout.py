@@ -52,12 +52,12 @@ def stream(net, noise: Callable[[int, int], Tensor], text: Tensor, grid: Tensor,
     """Generate `chunks` chunks, one after the other.
 
     net: a causal network or flowmap.Guided. noise(i, k): `b n c h w`, for chunk i the start (k = 0) or what the CM
-    solver adds at the k-th time. text: `b l d`. grid, first_grid: descending times without 0. exit_step,
-    first_exit: stop every chunk at this index of grid, and the first at that of first_grid; by default at the last one,
-    and the first chunk with the others where its grid is theirs. Gradient flows through that last forward only, where
-    the caller has it enabled. cache: a past to continue from; if it is not empty, no chunk
-    counts as the first. commit_last: the last chunk too, for a cache that is continued from. fused: without gradient,
-    commit a chunk in one forward with the first step of the next.
+    solver adds at the k-th time. text: `b l d`. grid, first_grid: descending times without 0. exit_step, first_exit:
+    stop every chunk at this index of grid, and the first at that of first_grid; by default at the last one, and the
+    first chunk with the others where its grid is theirs. Gradient flows through that last forward only, where the
+    caller has it enabled. cache: a past to continue from; if it is not empty, no chunk counts as the first.
+    commit_last: the last chunk too, for a cache that is continued from. fused: without gradient, commit a chunk in one
+    forward with the first step of the next.
     """
     check_solver(solver)
     cache = net.new_cache() if cache is None else cache
