@@ -222,9 +222,12 @@ def pcm(cfg, start) -> Training:
     return regression(cfg, "trajectory", net, ema, loss_of)
 
 
+RCM_WEIGHT = 50  # of consistency against DMD in rCM's code: 100 to 1, with a DMD loss that lacks our factor of 1/2
+
+
 def rcm(cfg, start) -> Training:
     """rCM (Salt Tab. 2): continuous-time consistency by JVP, and DMD on the student's own states as its regulariser.
-    Written as L_DMD + lambda_rcm L_CD, with rCM's weights (100 on CD and 1 on DMD, which it writes without our 1/2)."""
+    Written as L_DMD + lambda_rcm RCM_WEIGHT L_CD."""
     net, ema, teacher, critic = alike(cfg, start, "bidirectional")
     real = guide(cfg, teacher, cfg.score_guidance)
 
@@ -232,7 +235,7 @@ def rcm(cfg, start) -> Training:
         x0, text = clips_for(cfg, step, made.part, 0)
         u = torch.rand(cfg.batch, 1, generator=g)[made.part].expand(-1, cfg.frames)
         loss, _ = rcm_loss(net, real, x0, text, warp(u, cfg.shift).to(x0.device), eps)
-        return {"rcm": loss}
+        return {"rcm": RCM_WEIGHT * loss}
 
     make = from_own_states(cfg, net, schedule(4, cfg.shift))
     return distribution_matching(cfg, net, ema, teacher, critic, make, consistency)

@@ -150,7 +150,7 @@ class Config:
     align_depth: float = flag(0.5, "depth of those features, 1: after its last block", "dmd")
     lambda_gan: float = flag(0.03, "weight of sc_dmd_gan's discriminator (ours)", "dmd")
     lambda_scfm: float = flag(1.0, "weight of the shortcut loss in dmd4_scfm (ours)", "dmd")
-    lambda_rcm: float = flag(50.0, "weight of the consistency loss in rcm (rCM: 100 to 2 of our DMD)", "dmd")
+    lambda_rcm: float = flag(1.0, "weight of the consistency loss in rcm, in units of rCM's own", "dmd")
 
     eval_clips: int = flag(256, "clips behind each row of the table", "none")
     eval_seed: int = flag(0, "prompts and noise of the table; settings were chosen on 0, README reports 1", "none")

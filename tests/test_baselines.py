@@ -117,7 +117,7 @@ def test_rcm_weighs_consistency_against_dmd_as_rcm_does_at_every_size(side):
     v, x0, x0_fake, x0_real, drift = (normals(2, 1, 1, side, side, seed=i).requires_grad_(i < 2) for i in range(5))
     t, at = torch.full((2, 1), 0.5).double(), [2, 1, 1, 1, 1]
     loss, _ = rcm_loss(lambda x, t, text: v + 0 * x, lambda *_: drift, x0.detach(), None, t, drift)
-    cd = torch.autograd.grad(train.Config.lambda_rcm * loss, v)[0]
+    cd = torch.autograd.grad(train.Config.lambda_rcm * baselines.RCM_WEIGHT * loss, v)[0]
     dmd = torch.autograd.grad(surrogate_loss(x0, dmd_gradient(x0, x0_fake, x0_real)).mean(), x0)[0]
     g = (drift - v).detach()
     g = g / (g.flatten(1).norm(dim=1).reshape(at) + 0.1)
