@@ -70,6 +70,47 @@ def test_flights_stay_inside_at_constant_speed_and_turn():
     assert torch.allclose(data.bounce(x), torch.tensor([data.RADIUS + 0.5, data.SIZE - data.RADIUS - 0.5]))
 
 
+def test_motion_by_hand():
+    """Bug: a turn across +-pi counted the long way round, signed turns that cancel, angles in degrees: headings of 170,
+    -170 and 100 degrees turn by 20 and by 90."""
+    headings = torch.tensor([170.0, -170.0, 100.0]).deg2rad()
+    steps = torch.tensor([1.0, 2.0, 3.0])[:, None] * torch.stack([headings.cos(), headings.sin()], 1)
+    xy = torch.cat([torch.zeros(1, 2), steps.cumsum(0)])
+    speed, turn = data.motion(torch.stack([xy, xy.flip(0)]))
+    assert speed.tolist() == pytest.approx([1, 2, 3, 3, 2, 1], abs=1e-5)
+    assert turn.rad2deg().tolist() == pytest.approx([20, 90, 90, 20], abs=1e-3)
+
+
+def test_wasserstein_by_hand():
+    """Bug: a distance of sorted samples that are not sorted, of means only, or squared: {0, 1} and {0, 3} are 1 apart,
+    {0, 2} and {1, 1} are 1 apart although their means agree, and any sample moved by c is c apart."""
+    a = torch.rand(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert data.wasserstein(a, a[torch.randperm(1000)] + 0.3) == pytest.approx(0.3, abs=1e-6)
+    assert data.wasserstein(a, 3 * a) == pytest.approx(2 * a.mean().item(), rel=1e-3)
+    for low, high, expected in (([0, 1], [0, 3], 1.0), ([0, 2], [1, 1], 0.5)):  # quantiles interpolate
+        assert data.wasserstein(*(torch.tensor(x).double() for x in (low, high))) == pytest.approx(expected, abs=1e-9)
+
+
+def test_measure_by_hand(world):
+    """Bug: a drift against the first frame or upside down, a mean over other axes, a speed over another's, one vote a
+    frame for the prompt: two clips of four frames, spoilt by known amounts."""
+    x, prompts = data.clips(range(2), 4, 5)
+    spoilt = torch.tensor([[0.0, 0.0, 0.1, 0.4], [0.0, 0.2, 0.1, 0.2]])  # offset of each frame
+    m = data.measure(x + 1e-9 + spoilt[:, :, None, None, None], prompts, world)
+    xy = data.tracks(range(2), 4, 5)[0]
+    mean = lambda values: sum(values) / len(values)
+    by_frame = [mean([data.invert(x[b, f][None] + spoilt[b, f])[1].item() for b in range(2)]) for f in range(4)]
+    assert m["quality_by_frame"] == pytest.approx(by_frame, rel=1e-3, abs=1e-6)
+    assert m["quality"] == pytest.approx(mean(by_frame), rel=1e-3) and m["semantic"] == 1
+    assert m["drift"] == pytest.approx(by_frame[3] / by_frame[2], rel=1e-3)
+    assert data.measure(x, (prompts + torch.tensor([0, 1])) % 12, world)["semantic"] == 0.5
+    true = data.measure(x, prompts, world)
+    speed, turn = data.motion(xy)
+    assert true["dynamics"] == pytest.approx((speed.mean() / world[0].mean()).item(), abs=0.01)
+    far = data.wasserstein(speed, world[0]) + data.wasserstein(turn, world[1])
+    assert true["distance"] == pytest.approx(far, abs=0.05)
+
+
 def test_draws_depend_on_their_numbers_only():
     """Bug: data or noise that changes with the batch, so that accumulation, ranks or resume would change a run."""
     x, prompts = data.clips(range(8), 4, 6)

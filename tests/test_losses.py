@@ -86,6 +86,18 @@ def test_semigroup_defect_by_hand():
     assert sc_loss(lambda x, t: constant, x, constant, ts, tm, te)[0] < 1e-12  # a straight flow has none
 
 
+def test_defect_is_the_mean_of_the_samples_ratios():
+    """Bug: a ratio of means, or of norms that are not squared (Salt Eq. 16). With v = a x + b t for samples of their
+    own a and b, x1 - x2 = (tm - te) (v(x_ts, ts) - v(x_tm, tm)), and x1 - x_ts = -(ts - te) v(x_ts, ts)."""
+    ts, tm, te = 1.0, 0.6, 0.2
+    x, a, b = (torch.tensor(z).double() for z in ([[1.0, 2], [3, -1]], [[0.2], [0.1]], [[0], [-0.5]]))
+    v = a * x + b * ts
+    v_tm = a * (x - (ts - tm) * v) + b * tm
+    ratios = ((tm - te) * (v_tm - v)).square().sum(1) / ((ts - te) * v).square().sum(1)
+    assert ratios.max() > 4 * ratios.min()
+    close(semigroup_defect(lambda x, t: a * x + b * t, x, ts, tm, te), ratios.mean(), 1e-7)
+
+
 def test_defect_is_the_change_of_velocity_along_the_path():
     """Bug: any slip in Eq. 6-7: x1 - x2 = (tm - te) (v(x_tm, tm) - v(x_ts, ts)) for every velocity field."""
     x, ts, tm, te = rand(4, 3).double(), 1.0, 0.8, 0.1
@@ -185,6 +197,22 @@ def test_causal_cd_gradient_routing_and_index(tiny):
 
 
 # -- reference alignment ----------------------------------------------------------------------------------------------
+
+def test_trd_by_hand():
+    """Bug: a hinge that counts the margin, squares, or takes the mean before it: tokens at 0, 60 and 90 degrees in
+    frame one, at 0, 90 and 90 in the reference; in frame two they agree."""
+    def tokens(*degrees):
+        angle = torch.tensor(degrees).deg2rad()
+        return torch.stack([angle.cos(), angle.sin()], -1) * torch.tensor([[1.0], [2.0], [0.5]])  # lengths do not matter
+
+    same = tokens(0.0, 45.0, 10.0)
+    low, ref = (torch.stack([tokens(*z), same])[None] for z in ((0.0, 60.0, 90.0), (0.0, 90.0, 90.0)))
+    # cosines of the pairs (1, 2), (1, 3), (2, 3): .5, 0, .866 and 0, 0, 1; each pair twice, of 9 entries in 2 frames
+    off = 0.5, 0.0, 1 - 0.75**0.5
+    for margin in (0.0, 0.1, 0.2):
+        expected = 2 * sum(max(0, d - margin) for d in off) / 18
+        close(trd_loss(low, ref, margin), torch.tensor(expected), 1e-5)
+
 
 @pytest.mark.parametrize("margin", [0.0, 0.1, 0.3])
 def test_trd_equals_official_spatial(golden, margin):

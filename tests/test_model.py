@@ -116,6 +116,18 @@ def test_causality_by_gradient(tiny, layout):
             assert seen[1] == [j // chunk < i // chunk for j in range(f)]
 
 
+@pytest.mark.parametrize("past, chunk, window, sink, seen", [
+    (0, 1, None, 0, []), (5, 1, None, 0, [0, 1, 2, 3, 4]),
+    (2, 1, 3, 0, [0, 1]), (3, 1, 3, 0, [1, 2]), (7, 1, 3, 0, [5, 6]),
+    (2, 1, 3, 1, [0, 1]), (3, 1, 3, 1, [0, 2]), (7, 1, 3, 1, [0, 6]),
+    (2, 1, 2, 1, [0]), (7, 1, 2, 1, [0]),  # a window of just the sink and the chunk
+    (2, 2, 5, 1, [0, 1]), (4, 2, 5, 1, [0, 2, 3]), (6, 2, 5, 1, [0, 4, 5]), (6, 2, 4, 2, [0, 1]), (4, 2, 2, 0, []),
+    (1, 2, 4, 2, [0])])
+def test_visible_by_hand(past, chunk, window, sink, seen):
+    """Bug: a frame too many or too few, a sink that is seen twice, or not at all where it fills the window."""
+    assert visible(past, chunk, window, sink) == seen
+
+
 def test_window_and_sink_by_gradient(tiny):
     """Bug: a window off by one, or a sink that is dropped in training layouts. One block, so that sight is direct."""
     net = tiny(num_layers=1, window=3, sink=1)

@@ -117,6 +117,26 @@ def test_stop_after_a_time(tmp_path):
         train.check(config(tmp_path, stop_after="soon"))
 
 
+def test_seconds_are_added_up_over_a_resume(tmp_path, monkeypatch):
+    """Bug: a cost that forgets what was spent before a stop, counts it twice, or counts the time in between. By a clock
+    on which every update takes 10 s and every pause 1,000."""
+    clock = [0.0]
+    monkeypatch.setattr(train.time, "time", lambda: clock[0])
+    real = stages.descend
+
+    def descend(*args):
+        clock[0] += 10
+        return real(*args)
+
+    monkeypatch.setattr(stages, "descend", descend)
+    for most in (1, 3, 9):
+        cfg = config(tmp_path, stage="bidirectional", bidirectional_steps=7, save_every=100)
+        train.run_stage(cfg, "bidirectional", most)
+        clock[0] += 1000
+    assert read_tensors(tmp_path / "bidirectional.safetensors")[1]["seconds"] == 70
+    assert evaluate.report(config(tmp_path, stage="bidirectional"), "bidirectional")[0]["train_seconds"] == 70
+
+
 def test_log_has_what_a_run_is_read_by(run):
     """Bug: a DMD run whose health cannot be seen, or metrics that mean another thing than their names say."""
     out, _ = run
