@@ -203,7 +203,8 @@ def test_trd_by_hand():
     frame one, at 0, 90 and 90 in the reference; in frame two they agree."""
     def tokens(*degrees):
         angle = torch.tensor(degrees).deg2rad()
-        return torch.stack([angle.cos(), angle.sin()], -1) * torch.tensor([[1.0], [2.0], [0.5]])  # lengths do not matter
+        lengths = torch.tensor([[1.0], [2.0], [0.5]])  # which do not matter
+        return torch.stack([angle.cos(), angle.sin()], -1) * lengths
 
     same = tokens(0.0, 45.0, 10.0)
     low, ref = (torch.stack([tokens(*z), same])[None] for z in ((0.0, 60.0, 90.0), (0.0, 90.0, 90.0)))

@@ -115,6 +115,128 @@ def test_a_public_student_goes_chunk_by_chunk(wan, net, tmp_path, capsys):
         assert (image.n_frames, image.size) == (6, (24, 32))  # a picture per latent frame
 
 
+BASE = dict(seed=0, frames=6, chunk=3, steps=2, first_steps=2, shift=5.0, solver="cm", guidance=1.0, window=21, sink=1,
+            negative_prompt=encoders.NEGATIVE_PROMPT, positions="relative", height=64, width=48)
+
+
+@torch.no_grad()
+def in_two_halves(net, wan, seed, frames, chunk, steps, first_steps, shift, solver, guidance, window, sink,
+                  negative_prompt, positions, height, width):
+    """A clip of FOX as the flags ask for it: one cache for the prompt, one for the negative prompt."""
+    halves = [(text, net.new_cache(window, sink, positions == "relative"))
+              for text in text_of(wan, FOX, negative_prompt).split(1)]
+    made = []
+    for i in range(frames // chunk):
+        times = [*schedule(max(steps, first_steps) if i == 0 else steps, shift).tolist(), 0.0]
+        x = data.noises([seed], (chunk, 16, height // 8, width // 8), i, 0)
+        for k, (t, s) in enumerate(zip(times, times[1:])):
+            cond, uncond = (net(x, torch.full((1, chunk), t), text, cache=cache) for text, cache in halves)
+            v = uncond + guidance * (cond - uncond)
+            if solver == "cm" and s > 0:
+                eps = data.noises([seed], (chunk, 16, height // 8, width // 8), i, k + 1)
+                x = (1 - s) * (x - t * v) + s * eps
+            else:
+                x = x - (t - s) * v
+        made.append(x)
+        for text, cache in halves:
+            net.append(cache, x, text)
+    return torch.cat(made, 1)
+
+
+SLIDES = dict(frames=15, window=6)
+
+
+@pytest.mark.parametrize("beside, flag", [
+    ({}, dict(seed=7)), ({}, dict(frames=9)), ({}, dict(chunk=2)), ({}, dict(steps=4)), ({}, dict(first_steps=4)),
+    ({}, dict(shift=3.0)), ({}, dict(solver="euler")), ({}, dict(height=32, width=96)), ({}, dict(guidance=2.5)),
+    (dict(guidance=2.5), dict(negative_prompt=BALL)), (dict(frames=15), dict(window=6)), (SLIDES, dict(sink=2)),
+    (SLIDES, dict(sink=0)), (SLIDES, dict(positions="absolute")), (SLIDES, dict(guidance=2.5))], ids=str)
+def test_flags_of_a_rollout_do_what_they_say(wan, net, tmp_path, beside, flag):
+    """Bug: a flag that is read and not used, that changes another thing, or that is used in the first chunk alone."""
+    given = {k: BASE[k] for k in ("frames", "steps", "first_steps", "height", "width")} | beside | flag
+    words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
+    run("--weights", wan / "student.pt", "--prompt", FOX, *words, "--out", tmp_path / "fox.safetensors")
+    want, without = (in_two_halves(net, wan, **BASE | beside | changes) for changes in (flag, {}))
+    close(latents_in(tmp_path / "fox.safetensors"), want, 2e-5)
+    assert want.shape != without.shape or (want - without).abs().max() > 1e-3
+
+
+def test_flags_of_files_and_devices(wan, tmp_path, monkeypatch):
+    """Bug: a part, a folder, a precision or a device that is read and not used, or used for another network."""
+    averaged = torch.load(wan / "student.pt")["generator_ema"]
+    torch.save({"generator_ema": averaged, "generator": {k: 0.9 * v for k, v in averaged.items()}}, tmp_path / "two.pt")
+    for name in ("google", "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth"):
+        (tmp_path / "elsewhere").mkdir(exist_ok=True)
+        (tmp_path / "elsewhere" / name).symlink_to(wan / name)
+    asked, compiled = {}, []
+
+    def spied(where, name):
+        real = getattr(where, name)
+
+        def call(*args, **how):
+            asked[name] = args
+            return real(*args, **how)
+        monkeypatch.setattr(where, name, call)
+
+    for where, name in ((encoders, "load_text_encoder"), (encoders, "load_vae"), (wan21, "load")):
+        spied(where, name)
+    monkeypatch.setattr(CausalWan, "compile_blocks", lambda net: compiled.append(net))
+    words = ("--prompt", FOX, "--steps", 1, "--first-steps", 1, "--frames", 3, *SIZE)
+    made = {}
+    for part in ("", "generator", "generator_ema"):
+        run("--weights", tmp_path / "two.pt", "--wan", tmp_path / "elsewhere", *words, "--out",
+            tmp_path / "x.safetensors", *(("--part", part) if part else ()))
+        made[part] = latents_in(tmp_path / "x.safetensors")
+    assert torch.equal(made[""], made["generator_ema"]) and not torch.equal(made[""], made["generator"])
+    assert asked["load_text_encoder"] == (tmp_path / "elsewhere", "cpu") and "load_vae" not in asked and not compiled
+    run("--weights", wan / "student.pt", *words, "--compile", "--precision", "bf16", "--format", "webp", "--out",
+        tmp_path / "clips")
+    assert asked["load_vae"] == (wan, "cpu", torch.bfloat16) and asked["load"][3] is torch.bfloat16
+    assert len(compiled) == 1 and next((tmp_path / "clips").glob("*.webp"))
+
+    class Asked(Exception):
+        pass
+
+    def stop(folder, device="cpu", *_):
+        raise Asked(device)
+
+    monkeypatch.setattr(encoders, "load_text_encoder", stop)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for device, text_device in (("cuda:1", None), ("cuda:1", "cpu"), ("cpu", "cuda:0")):
+        flags = ("--device", device, *(("--text-device", text_device) if text_device else ()))
+        with pytest.raises(Asked, match=text_device or device):
+            run("--weights", wan / "student.pt", *words, *flags, "--preview", "--out", tmp_path / "x.webp")
+
+
+OWN = dict(first_steps=8, window=0, sink=0, mixed_steps=(2, 4, 8), guidance=3.0, chunk=2, frames=6, shift=4.0,
+           height=10, width=10)
+TOY = dict(first_steps=8, chunk=2, solver="cm", shift=4.0, guidance=1.0, window=6, sink=1, height=10, width=10, steps=2,
+           frames=24, batch=12, precision="fp32", samples=1, seed=0, positions="relative")
+
+
+@pytest.mark.parametrize("size, kind, recorded, given, expected", [
+    ("toy", "student", {}, "", TOY), ("toy", "student", dict(window=4, sink=2), "", TOY | dict(window=4, sink=2)),
+    ("toy", "student", dict(window=3, sink=0), "--chunk 4", TOY | dict(window=4, sink=0, chunk=4)),
+    ("toy", "student", {}, "--sink 5", TOY | dict(window=7, sink=5)),
+    ("toy", "teacher", {}, "", TOY | dict(first_steps=1, solver="euler", guidance=3.0, steps=40)),
+    ("toy", "bidirectional", {}, "", TOY | dict(first_steps=1, solver="euler", guidance=3.0, steps=40, window=None,
+                                                chunk=6, frames=6)),
+    ("toy", "dmd4", {}, "", TOY | dict(first_steps=1, window=None, chunk=6, frames=6)),
+    ("wan1.3b", "student", dict(height=60, width=104, chunk=3, frames=21), "",
+     TOY | dict(steps=4, chunk=3, window=21, height=480, width=832, frames=21, batch=1)),
+    ("wan1.3b", "student", dict(height=60, width=104, chunk=3, frames=21), "--image x.png",
+     TOY | dict(steps=4, chunk=3, window=21, height=480, width=832, frames=18, batch=1))])
+def test_defaults_are_those_of_training(tmp_path, size, kind, recorded, given, expected):
+    """Bug: a checkpoint sampled with another chunk, window, sink, shift, solver, guidance or first chunk than it was
+    trained for."""
+    causal, few_step = kind in ("student", "teacher"), kind in ("student", "dmd4")
+    about = dict(layout="own", stage=kind, causal=causal, few_step=few_step, solver="cm" if few_step else "euler",
+                 size=size, config=OWN | recorded)
+    args = sample.parse(f"--weights {tmp_path}/x.safetensors --device cpu {given}".split())
+    args = sample.with_defaults(args, about, size)
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
 def test_the_first_chunk_has_its_extra_steps(wan, net, tmp_path):
     """Bug: a first chunk of as few steps as the others (CF++ Sec. 4)."""
     out, text, (grid, first_grid) = tmp_path / "fox.safetensors", text_of(wan, FOX), grids(2, 5.0, 4)
@@ -261,9 +383,12 @@ def test_prompt_embeds_need_no_text_encoder(wan, tmp_path):
     (tmp_path / "prompts.txt").write_text(f"{BALL}\n{FOX}\n")
     embeds = tmp_path / "embeds" / "0.safetensors"
     encoders.encode_prompts(tmp_path / "prompts.txt", embeds, wan)
-    for i, words in enumerate([("--guidance", 2.0), ("--guidance", 2.0, "--prompt-embeds", embeds, "--wan", tmp_path)]):
-        student(wan, "--prompt", FOX, "--frames", 3, *words, "--out", tmp_path / f"{i}.safetensors")
-    close(latents_in(tmp_path / "1.safetensors"), latents_in(tmp_path / "0.safetensors"), 1e-5)
+    for negative in ((), ("--negative-prompt", BALL)):
+        for i, words in enumerate([(), ("--prompt-embeds", embeds, "--wan", tmp_path)]):
+            student(wan, "--prompt", FOX, "--frames", 3, "--guidance", 2.0, *negative, *words, "--out",
+                    tmp_path / f"{i}{len(negative)}.safetensors")
+        close(*(latents_in(tmp_path / f"{i}{len(negative)}.safetensors") for i in (1, 0)), 1e-5)
+    assert (latents_in(tmp_path / "00.safetensors") - latents_in(tmp_path / "02.safetensors")).abs().max() > 1e-3
     files = student(wan, "--prompt-embeds", embeds, "--frames", 3, "--format", "latents", "--out", tmp_path / "all")
     assert [data.read_shard(path)[0]["caption"] for path in files] == [BALL, FOX]
     with pytest.raises(ValueError, match="got the prompt 'a dog', expected one of the 2.*--prompt-embeds"):
