@@ -252,42 +252,6 @@ def test_other_seeds_are_other_runs(run, tmp_path):
     assert any(not torch.equal(a[k], b[k]) for k in a)
 
 
-def test_salt_uses_each_of_its_terms(run, monkeypatch):
-    """Bug: a term of Salt Eq. 13 that is never on, on at the wrong K, or not added to the loss that is descended."""
-    cfg, seen = config(run[0], batch=1, critic_steps=1, lambda_sc=0.3, lambda_align=0.7), {}
-    dmd_loss = stages.dmd.dmd_loss
-    dmd_losses = []
-    monkeypatch.setattr(stages.dmd, "dmd_loss", lambda *a: (dmd_losses.append(r := dmd_loss(*a)), r)[1])
-    training = train.RECIPE['salt'].begin(cfg, 'causal_cd')
-    for step in range(24):
-        m = training.update(step)
-        seen.setdefault(m["K"], []).append(m)
-        terms = (dmd_losses[-1][0], 0.3 * m.get("sc", torch.tensor(0.0)), 0.7 * m.get("align", torch.tensor(0.0)))
-        assert abs(m["loss"] - sum(x.item() for x in terms)) < 1e-5
-    assert set(seen) == {2, 4, 8}
-    assert all("align" in m and "sc" not in m for k in (2, 4) for m in seen[k])
-    assert all("align" not in m for m in seen[8])
-    assert all(("sc" in m) == (m["exit_step"] < 7) for m in seen[8])
-
-
-def test_salt_scores_with_the_right_networks(run, monkeypatch):
-    """Bug: teacher and critic exchanged (DMD then runs away from the teacher), a critic that is not trained, an EMA
-    or a
-    teacher that moves when it must not."""
-    cfg, calls = config(run[0], score_guidance=2.0), []
-    dmd_loss = stages.dmd.dmd_loss
-    monkeypatch.setattr(stages.dmd, "dmd_loss", lambda *a: (calls.append(a), dmd_loss(*a))[1])
-    training = train.RECIPE['salt'].begin(cfg, 'causal_cd')
-    teacher_weights = stages.finished(cfg, "bidirectional")
-    start = {name: {k: v.clone() for k, v in net.state_dict().items()} for name, net in training.nets.items()}
-    training.update(0)
-    _, _, critic, real, _, _ = calls[0]
-    assert critic is training.nets["critic"] and real.w == 2
-    assert all(torch.equal(v, teacher_weights[k]) for k, v in real.net.state_dict().items())
-    for name, net in training.nets.items():
-        assert any(not torch.equal(v, start[name][k]) for k, v in net.state_dict().items()), f"{name} did not move"
-
-
 def averaged(cfg, updates, decay=0.99, start=0):
     """What of its start is left in an average of a network that is 0 from the first update on."""
     ema, net = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)

@@ -78,10 +78,11 @@ def regression(kind, start, function, asks, times, per, noises=1, **more):
     return Row(kind, start, {function: asks}, {function: times}, {function: per}, noises=noises, **more)
 
 
-def whole_clip(times, per, asks=None, student="net/whole*", critic="net/whole", **more):
+def whole_clip(times, per, asks=None, student="net/whole*", critic="net/whole", more_times=None, **more):
     """DMD of a bidirectional student."""
-    return Row("dmd", "bidirectional", {"": student} | SCORES | (asks or {}), {"": times}, {"": per}, "bidirectional",
-               {"": critic} | CRITIC, sampled="whole student cm", **more)
+    return Row("dmd", "bidirectional", {"": student} | SCORES | (asks or {}), {"": times} | (more_times or {}),
+               {"": per, "shortcut_loss": "clip"}, "bidirectional", {"": critic} | CRITIC, sampled="whole student cm",
+               **more)
 
 
 def rollout(start, times, asks=None, **more):
@@ -116,7 +117,7 @@ TABLE = {
     "sc_dmd_gan": whole_clip(T(6), "clip", SC | {"adversarial_loss": ""}, student="net/whole* critic/features*",
                              critic="net/whole critic/features*", terms={"sc_loss": 0.11, "adversarial_loss": 0.17}),
     "dmd4_scfm": whole_clip(T(4), "clip", {"shortcut_loss": SHORTCUTS + "score_guidance"}, noises=3,
-                            terms={"shortcut_loss": 0.19}),
+                            more_times={"shortcut_loss": T(8)}, terms={"shortcut_loss": 0.19}),
     "rcm": whole_clip(T(4), "batch", {"rcm_loss": "net/whole net/whole* bidirectional/whole@score_guidance"},
                       student="net/whole net/whole*", terms={"rcm_loss": 0.23 * 50}),
     "causal_dmd": Row("dmd", "teacher_forcing", {
@@ -419,9 +420,9 @@ def test_times_at_which_the_student_is_trained(watch, stage):
                 assert spread(torch.cat(t)[:, ::FRAMES].flatten().tolist(), expected) < 1
             if row.per[function] != "batch":  # the neighbours' times are others: those of clips, and those of chunks
                 t = torch.stack([x[1::2] if stage == "bidirectional" else x for x in t])
-                assert (t[:, 1:] == t[:, :-1]).float().mean() < 0.4
+                assert (t[:, 1:] == t[:, :-1]).float().mean() < 0.6
                 if row.per[function] == "chunk":
-                    assert (t[..., CHUNK:] == t[..., :-CHUNK]).float().mean() < 0.4
+                    assert (t[..., CHUNK:] == t[..., :-CHUNK]).float().mean() < 0.6
     if stage == "bidirectional":  # half of the clips are at one time, as in sampling
         t = torch.cat([e.t[::2] for e in w.forwards])
         assert (t == t[:, :1]).all() and len(t[:, 0].unique()) == len(t)
@@ -498,8 +499,17 @@ def test_the_student_sees_what_was_drawn(watch, home, stage):
         for e in w.of("losses", step, turn):
             if e.name in ("flow_matching_loss", "causal_cd_loss", "pcm_loss", "rcm_loss", "shortcut_loss"):
                 assert torch.equal(e.args.x0, clips_of(home, e.args.text, unless_dropped=e.args.x0))
-            if e.name in ("flow_matching_loss", "causal_cd_loss") and stage != "bidirectional":
-                assert all(torch.equal(f.clean, e.args.x0) for f in w.of("forwards", step, turn))
+            if e.name == "discriminator_loss":  # of the features of real clips, and of generated ones
+                asked = [f for f in w.of("forwards", step, turn) if f.layout == "features"]
+                (made,) = (f.args.x0 for f in w.of("losses", step, turn, name="critic_loss"))
+                for f, x0 in zip(asked, (clips_of(home, asked[0].text), made)):
+                    t = f.t[..., None, None, None]
+                    assert torch.allclose(f.x, (1 - t) * x0 + t * compared[0], atol=1e-5)
+        for f in w.of("forwards", step, turn):
+            if f.layout == "behind" and not stage.endswith("_ode"):
+                assert torch.equal(f.clean, clips_of(home, f.text, unless_dropped=f.clean))
+            if f.layout == "rollout":
+                assert f.x.shape[1] == CHUNK
 
 
 def clips_of(home, text, unless_dropped=None):
