@@ -112,7 +112,7 @@ class Config:
 
     # distillation along the teacher's trajectories: causal_cd; bidirectional_ode, causal_ode, pcm, scfm
     shift: float = flag(5.0, "timestep shift of inference grids (CF++: 5)", "trajectory dmd")
-    guidance: float = flag(1.5, "teacher guidance w in v_u + w (v_c - v_u)", "trajectory dmd")
+    guidance: float = flag(1.5, "teacher guidance w in v_u + w (v_c - v_u)", "trajectory")
     trajectory_steps: int = flag(900, "updates of a distillation along trajectories", "trajectory")
     trajectory_lr: float = flag(1e-3, "learning rate", "trajectory")
     trajectory_grid: int = flag(48, "times of the teacher's trajectory (CF++: 48)", "trajectory")

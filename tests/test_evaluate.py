@@ -1,6 +1,7 @@
 """What evaluate.py measures, against the same measured by hand: which weights, how they are sampled, on which clips."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import evaluate
 import stages
 import train
 from flowmap import schedule
-from model import SIZES, CausalWan, write_tensors
+from model import SIZES, CausalWan, read_tensors, write_tensors
 
 CLIPS = 3
 STAGES = {  # stage: (causal, student, solver)
@@ -126,6 +127,35 @@ def test_defect_by_hand(finished, stage):
         x = direct
     row = next(r for r in evaluate.evaluate(cfg, stage) if r["weights"] == "ema")
     close(torch.tensor(row["defect"]), torch.stack(defects).mean(), 1e-4)
+
+
+def test_rows_are_measured_again_when_something_changed_and_only_then(finished, monkeypatch):
+    """Bug: the rows of weights that were trained again since, or of other clips or steps; a table that grows, or that
+    loses another stage's rows."""
+    measured, real = [], evaluate.evaluate
+    monkeypatch.setattr(evaluate, "evaluate", lambda cfg, stage: (measured.append(stage), real(cfg, stage))[1])
+    cfg, _ = finished("causal_cd"), finished("bidirectional")
+
+    def report(again, stage="causal_cd", **changes):
+        measured.clear()
+        now = dataclasses.replace(cfg, **changes)
+        rows = evaluate.report(now, stage)
+        assert bool(measured) == again
+        table = json.loads(evaluate.table_path(now).read_text())
+        assert [r for r in table if r["stage"] == stage] == json.loads(json.dumps(rows))
+        return {r["stage"] for r in table}
+
+    report(True, "bidirectional")
+    report(True)
+    assert report(False) == {"the world", "bidirectional", "causal_cd"}
+    report(True, eval_clips=2)
+    report(False, eval_clips=2)
+    report(True, teacher_eval_steps=2)
+    report(True, eval_seed=4)
+    path = stages.path_of(cfg, "causal_cd")
+    weights, about = read_tensors(path)
+    write_tensors(path, weights, about | {"saved": 2.0})
+    report(True, eval_seed=4)
 
 
 def test_no_clip_prompt_or_noise_of_the_evaluation_is_one_of_training(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 from test_train import config
-from test_wiring import SETTINGS
+from test_wiring import SETTINGS, TABLE, Watch, home  # noqa: F401 (a fixture)
 
 import data
 import fsdp
@@ -182,3 +182,55 @@ def test_gpu_memory():
         cfg = train.parse(f"--stage bidirectional --plan --device cpu --gpu-memory {gb}".split())
         gpus.append(int(plan.table(cfg).splitlines()[-1].split("|")[1].split(",")[0]))
     assert gpus[0] > gpus[1] > gpus[2] == 1
+
+
+OTHER = dict(  # another value of every flag that shapes weights, and of some that do not
+    frames=4, height=10, width=10, chunk=3, batch=8, clip_norm=1e-6, train_shift=3.0, shift=5.0, score_shift=2.0,
+    guidance=2.0, score_guidance=2.0, prompt_dropout=0.9, bidirectional_lr=2e-3, teacher_forcing_lr=1e-3,
+    trajectory_lr=1e-3, dmd_lr=1e-3, critic_lr=1e-3, teacher_betas=(0.2, 0.9), trajectory_betas=(0.1, 0.9),
+    dmd_betas=(0.1, 0.9), ema=0.9, trajectory_ema=0.9, dmd_ema=0.9, dmd_ema_start=0, ema_ramp=True,
+    lr_schedule="constant", bidirectional_steps=4, teacher_forcing_steps=4, trajectory_steps=4, dmd_steps=4,
+    critic_steps=3, trajectory_grid=24, phases=4, shortcut_grid=16, train_grid=8, rollout_steps=2,
+    first_steps=4, mixed_steps=(1, 2, 4), mixed_probs=(0.9, 0.1, 0.0), teacher_forcing_weight="flat", window=4, sink=2,
+    lambda_sc=0.9, lambda_align=0.9, lambda_gan=0.9, lambda_scfm=0.9, lambda_rcm=0.9, align_warmup=1.0, align_prob=0.1,
+    align_margin=0.0, align_depth=0.5, align_features="critic", sc_through="both", seed=5, longer=0.05,
+    init="causal_ode", save_every=7, keep=9, sheet_every=3, stop_after="9", checkpointing=True, eval_seed=3)
+WITH_STUB = ("bidirectional", "teacher_forcing", "causal_cd", "pcm", "scfm", "sc_dmd_gan", "dmd4_scfm",
+             "rcm", "self_forcing", "salt")
+
+
+def shaped(home, out, stage, **changes):  # noqa: F811
+    """What a stage has become after four updates."""
+    out.mkdir(parents=True)
+    for path in home.out.glob("*.safetensors"):
+        (out / path.name).symlink_to(path)
+    w = Watch(home, stage, range(4), out=str(out), **changes)
+    nets = w.training.nets
+    return ([v for net in nets.values() for v in net.state_dict().values()],
+            [getattr(net, "config", None) for net in nets.values()], w.cfg)
+
+
+@pytest.fixture(scope="module")
+def base(home, tmp_path_factory):  # noqa: F811
+    return {stage: shaped(home, tmp_path_factory.mktemp("base") / stage, stage) for stage in WITH_STUB}
+
+
+@pytest.mark.parametrize("flag", OTHER)
+def test_what_shapes_weights_is_recorded_as_doing_so(home, base, tmp_path, flag):  # noqa: F811
+    """Bug: a flag that may be changed in the middle of a run, or that another's weights are taken for one's own with;
+    one that is refused although it changes nothing."""
+    affects = set(train.Config.__dataclass_fields__[flag].metadata["affects"].split())
+    changed = set()
+    for stage in WITH_STUB:
+        if flag == "init" and TABLE[stage].kind != "dmd":
+            continue
+        try:
+            now = shaped(home, tmp_path / stage, stage, **{flag: OTHER[flag]})
+        except ValueError:  # clips of another size: certainly
+            changed |= train.kinds_behind(base[stage][2], stage)
+            continue
+        same_weights = all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(now[0], base[stage][0]))
+        if not same_weights or now[1] != base[stage][1]:
+            changed.add(TABLE[stage].kind)
+            assert affects & train.kinds_behind(now[2], stage), stage
+    assert {kind for kind in affects if kind != "none"} <= changed

@@ -378,6 +378,18 @@ def test_another_prompt_on_the_way_in_a_sliding_window(wan, net, tmp_path):
     assert (made["relative"] - made["absolute"])[:, 9:].abs().max() > 1e-3
 
 
+def test_prompts_on_the_way_may_come_in_any_order(wan, tmp_path):
+    """Bug: a change of prompt that wipes out another which is given after it."""
+    changes, made = {"early": ("--at", 3, BALL), "late": ("--at", 6, "the moon")}, {}
+    for names in (("early", "late"), ("late", "early"), ("early",), ("late",)):
+        words = [word for name in names for word in changes[name]]
+        student(wan, "--prompt", FOX, "--frames", 9, *words, "--out", tmp_path / "x.safetensors")
+        made[names] = latents_in(tmp_path / "x.safetensors")
+    both = made["early", "late"]
+    assert torch.equal(made["late", "early"], both) and torch.equal(made["early",][:, :6], both[:, :6])
+    assert all((made[one][:, 6:] - both[:, 6:]).abs().max() > 1e-3 for one in (("early",), ("late",)))
+
+
 def test_prompt_embeds_need_no_text_encoder(wan, tmp_path):
     """Bug: an embedding cut, padded or rounded otherwise, or that of another prompt."""
     (tmp_path / "prompts.txt").write_text(f"{BALL}\n{FOX}\n")

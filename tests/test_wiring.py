@@ -133,8 +133,7 @@ TABLE = {
     "salt": rollout("causal_cd", T(8), SC_ROLLOUT | {"align_loss": "bidirectional/features bidirectional/features*"},
                     terms={"sc_loss": 0.11, "align_loss": 0.13}),
 }
-DMD, OTHERS = ([stage for stage, row in TABLE.items() if (row.kind == "dmd") == dmd] for dmd in (True, False))
-TERMS = ("shortcut_loss", "rcm_loss", "sc_loss", "align_loss", "adversarial_loss", "discriminator_loss")
+DMD = [stage for stage, row in TABLE.items() if row.kind == "dmd"]
 LOSSES = {"flow_matching_loss": stages, "causal_cd_loss": stages, "pcm_loss": baselines, "rcm_loss": baselines,
           "ode_loss": baselines, "dmd_loss": stages.dmd, "critic_loss": stages.dmd, "sc_loss": stages.sc_loss,
           "shortcut_loss": stages.sc_loss, "align_loss": stages.align, "adversarial_loss": stages.dmd,
@@ -255,9 +254,10 @@ class Watch:
             self.critics += not trains_net
             self.turn = "net" if trains_net else f"critic {self.critics}"
             metrics = descend(cfg, net, optimizer, loss_of, lr, flag)
-            assert metrics["grad_norm"] == self.norms[-1][0] and self.norms[-1][1] == cfg.clip_norm
+            norm, most = self.norms.pop()
             self.descents.append(self.event(lr=[group["lr"] for group in optimizer.param_groups], flag=flag,
-                                            loss=metrics["loss"].item()))
+                                            loss=metrics["loss"].item(),
+                                            clipped=most if norm == metrics["grad_norm"] else None))
             return metrics
 
         patch.setattr(flowmap.Guided, "__call__", watched_guided)
@@ -274,7 +274,7 @@ class Watch:
         w = net.head.head.weight.mean()
         v = x * (0.3 + w) + 0.1 * t[..., None, None, None] + 0.1 * text.mean((1, 2))[:, None, None, None, None]
         if until is not None:
-            v = v.flatten(3)[..., : net.config.dim]
+            v = v.flatten(3)[..., : net.config.dim] * torch.linspace(1, until, net.config.dim)
         if commit:
             layout["cache"].next_frame += x.shape[1]
         if not self.guiding:
@@ -284,7 +284,7 @@ class Watch:
     def note(self, net, x, t, text, v, guide=None, chunk=None, clean=None, cache=None, commit=False, until=None):
         layout = ("commit" if commit else "fused" if cache and clean is not None else "rollout" if cache else
                   "features" if until else "behind" if clean is not None else "causal" if chunk else "whole")
-        assert chunk in (None, CHUNK)
+        assert chunk in (None, self.cfg.chunk)
         self.forwards.append(self.event(net=net, x=x.detach(), t=t.detach(), text=text, v=v.detach(), guide=guide,
                                         clean=clean, layout=layout, until=until, grad=v.requires_grad))
 
@@ -423,6 +423,13 @@ def test_times_at_which_the_student_is_trained(watch, stage):
                 assert (t[:, 1:] == t[:, :-1]).float().mean() < 0.6
                 if row.per[function] == "chunk":
                     assert (t[..., CHUNK:] == t[..., :-CHUNK]).float().mean() < 0.6
+    for e in w.losses:
+        if hasattr(e.args, "grid"):
+            assert rounded(e.args.grid) == row.times[e.name]
+        if hasattr(e.args, "edges"):  # pcm: of its two phases
+            assert rounded(e.args.edges) == T(2)
+    strides = {e.args.stride for e in w.of("losses", name="shortcut_loss")}
+    assert strides == ({1, 2, 4, 8} if "shortcut_loss" in row.asks else set())
     if stage == "bidirectional":  # half of the clips are at one time, as in sampling
         t = torch.cat([e.t[::2] for e in w.forwards])
         assert (t == t[:, :1]).all() and len(t[:, 0].unique()) == len(t)
@@ -605,6 +612,7 @@ def test_learning_rates(home, stage, longer):
     for e in w.descents:
         base = SETTINGS["critic_lr" if e.turn != "net" else f"{kind}_lr"]
         assert e.lr == [pytest.approx(base * rate(e.step, steps))] and 0 < e.lr[0] <= base
+        assert e.clipped == SETTINGS["clip_norm"]
     assert e.lr[0] < base * 0.17
     for e in Watch(home, stage, updates[::4], longer=longer, lr_schedule="constant").descents:
         assert e.lr == [SETTINGS["critic_lr" if e.turn != "net" else f"{kind}_lr"]]
@@ -704,6 +712,7 @@ def test_states_of_stored_trajectories(watch, stage):
         by_time.setdefault(round(e.t[0, 0].item(), 4), []).append(e)
     at = {t: (torch.cat([e.x for e in events]), torch.cat([e.text for e in events])) for t, events in by_time.items()}
     for e in w.of("forwards", turn="net"):
+        assert len(e.text.unique(dim=0)) > 1
         for clip, times, text, i in zip(e.x, e.t, e.text, range(BATCH)):
             for frame, t in zip(range(FRAMES), times.tolist()):
                 if t > 0:
