@@ -39,8 +39,8 @@ import dmd
 import fsdp
 import sc_loss
 from causal_cd import draw_index, ode_loss, pcm_loss, rcm_loss, trajectory
+from files import about_of, read_tensors, write_tensors
 from flowmap import add_noise, like, renoise, schedule, to_x0, warp
-from model import about_of, read_tensors, write_tensors
 from stages import (
     CLIPS,
     NOISE,
@@ -374,15 +374,16 @@ def self_rollout_dmd(cfg, start, mixed=False, with_sc=False) -> Training:
 
 
 def whole_clip(begin, kind, solver="cm"):
-    return Stage(begin, kind, "bidirectional", causal=False, few_step=True, solver=solver)
+    return Stage(begin, kind, "bidirectional", causal=False, few_step=True, solver=solver,
+                 teacher="bidirectional" if kind == "dmd" else "")
 
 
-def streaming(begin, kind, start, windowed=False):
-    return Stage(begin, kind, start, causal=True, few_step=True, solver="cm", windowed=windowed)
+def streaming(begin, kind, start, windowed=False, teacher=""):
+    return Stage(begin, kind, start, causal=True, few_step=True, solver="cm", windowed=windowed, teacher=teacher)
 
 
 def stage_three(begin, start):
-    return streaming(begin, "dmd", start, windowed=True)
+    return streaming(begin, "dmd", start, windowed=True, teacher="bidirectional")
 
 
 BASELINES = {
@@ -398,7 +399,7 @@ BASELINES = {
     "rcm": whole_clip(rcm, "dmd"),
     "bidirectional_ode": streaming(bidirectional_ode, "trajectory", "bidirectional"),
     "causal_ode": streaming(causal_ode, "trajectory", "teacher_forcing"),
-    "causal_dmd": streaming(causal_dmd, "dmd", "teacher_forcing"),
+    "causal_dmd": streaming(causal_dmd, "dmd", "teacher_forcing", teacher="teacher_forcing"),
     "causvid": stage_three(causvid, "bidirectional_ode"),
     "self_forcing": stage_three(self_rollout_dmd, "bidirectional_ode"),
     "causal_forcing": stage_three(self_rollout_dmd, "causal_ode"),

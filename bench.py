@@ -12,15 +12,14 @@ So is how far the two ways' clips lie apart, relative to the largest value: firs
 import argparse
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import torch
 
 import data
-from fsdp import write_text
-from model import SIZES, CausalWan
+from files import replacing, run_command, write_text
+from model import SIZES, CausalWan, check_device
 from rollout import grids, stream
 
 # chunk, steps, latent frames, window
@@ -68,6 +67,15 @@ def main(args) -> list[dict]:
     """Measure every setting; returns a row for each setting and way."""
     if args.rounds < 1:
         raise ValueError(f"got --rounds {args.rounds}, expected at least 1")
+    check_device(args.device)
+    if args.height < 2 or args.width < 2 or args.height % 2 or args.width % 2:
+        raise ValueError(f"got --height {args.height} --width {args.width}, expected even numbers from 2 on")
+    if args.out:  # before an hour of measuring
+        if args.out.is_dir():
+            raise ValueError(f"got --out {args.out}, a folder, expected the name of a file")
+        with replacing(args.out.with_name(args.out.name + ".try")) as fresh:
+            fresh.touch()
+        args.out.with_name(args.out.name + ".try").unlink()
     config, toy = SIZES[args.size], SIZES[args.size].in_dim == 3
     net = CausalWan(config).init_weights(0).eval().requires_grad_(False)
     torch.nn.init.normal_(net.head.head.weight, std=0.02)
@@ -105,7 +113,4 @@ def main(args) -> list[dict]:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse())
-    except ValueError as e:
-        sys.exit(f"ValueError: {e}")
+    run_command(lambda: main(parse()), "stopped; nothing was written")

@@ -23,9 +23,7 @@ Real video comes from disk, encoded beforehand: the last section reads and write
 import hashlib
 import json
 import math
-import os
 import sys
-import zlib
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -36,7 +34,7 @@ from PIL import Image, ImageDraw
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model import save_readable
+from files import checksum, header_of, replacing, write_tensors
 
 COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0)}
 SHAPES = ("ball", "bar", "pole")
@@ -222,10 +220,9 @@ def pixels(x: Tensor, scale: int = 5) -> np.ndarray:
 def save_webp(path: Path, frames: np.ndarray, seconds_per_frame: float = 0.2) -> None:
     """An animated WebP that loops, from bytes `f h w 3`."""
     first, *rest = [Image.fromarray(frame) for frame in frames]
-    fresh = path.with_name(path.name + ".writing")
-    first.save(fresh, "webp", save_all=True, append_images=rest, duration=round(1000 * seconds_per_frame), loop=0,
-               quality=90)
-    os.replace(fresh, path)
+    with replacing(path) as fresh:
+        first.save(fresh, "webp", save_all=True, append_images=rest, duration=round(1000 * seconds_per_frame), loop=0,
+                   quality=90)
 
 
 def sheet(rows: dict[str, Tensor], path: Path) -> None:
@@ -244,7 +241,8 @@ def sheet(rows: dict[str, Tensor], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     frames = {label: np.pad(pixels(x), [(0, 0)] * 2 + [(0, 2), (0, 2), (0, 0)]) for label, x in rows.items()}
     still = {label: rearrange(x[:2], "b f h w c -> h (b f w) c") for label, x in frames.items()}
-    labelled(still).save(path.with_suffix(".png"))
+    with replacing(path.with_suffix(".png")) as fresh:
+        labelled(still).save(fresh, "png")
     playing = [labelled({label: rearrange(x[:, i], "b h w c -> h (b w) c") for label, x in frames.items()})
                for i in range(next(iter(frames.values())).shape[1])]
     save_webp(path.with_suffix(".webp"), np.stack([np.array(page) for page in playing]))
@@ -253,6 +251,7 @@ def sheet(rows: dict[str, Tensor], path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Latent folders on disk
 
+LARGEST = 64e9  # bytes of a shard that is read whole
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # dtypes that may be stored, by safetensors' names
 
 
@@ -267,21 +266,24 @@ def write_shard(path: Path, samples: list[dict]) -> None:
     kinds = ("latents", "text") if "latents" in samples[0] else ("text",)
     about = {"captions": [sample["caption"] for sample in samples],
              "crc32": [checksum(*[sample[kind] for kind in kinds]) for sample in samples]}
-    _write(path, {f"{i}.{kind}": sample[kind] for i, sample in enumerate(samples) for kind in kinds}, about)
+    write_tensors(path, {f"{i}.{kind}": sample[kind] for i, sample in enumerate(samples) for kind in kinds}, about,
+                  checked=False)  # its samples are, one by one
 
 
 def read_shard(path: Path) -> list[dict]:
     """The samples that write_shard wrote, tensors in float32. ValueError if one is damaged, or it is another file."""
     try:
+        if Path(path).stat().st_size > LARGEST:
+            raise OSError(f"it has {Path(path).stat().st_size / 1e9:.0f} GB")
         with safe_open(path, "pt") as f:
-            about, names, samples = json.loads((f.metadata() or {})["about"]), set(f.keys()), []
+            about, names, samples = header_of(f), set(f.keys()), []
             for i, (caption, crc) in enumerate(zip(about["captions"], about["crc32"], strict=True)):
                 stored = {k: f.get_tensor(f"{i}.{k}") for k in ("latents", "text") if f"{i}.{k}" in names}
                 if checksum(*stored.values()) != crc:
                     raise OSError(f"the bytes of sample {i} do not match its crc32")
                 samples.append({k: finite(x) for k, x in stored.items()} | {"caption": caption})
         return samples
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, MemoryError) as e:
         raise ValueError(f"got no readable {path} ({type(e).__name__}: {e}), expected a complete file of "
                          "clips or prompts (data.write_shard)") from e
 
@@ -289,26 +291,7 @@ def read_shard(path: Path) -> list[dict]:
 def write_null(path: Path, text: Tensor) -> None:
     """Write null.safetensors or empty.safetensors of a LatentFolder: text `l d`, the embedding of what guidance leads
     away from (the negative prompt, or the empty one), or of the empty prompt."""
-    _write(path, {"text": text}, {})
-
-
-def _write(path, tensors, about):
-    path, fresh = Path(path), Path(f"{path}.writing")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # clone: safetensors refuses tensors that share memory, as one text for two clips does
-    tensors = {k: x.detach().cpu().clone(memory_format=torch.contiguous_format) for k, x in tensors.items()}
-    save_readable(tensors, fresh, {"about": json.dumps(about)})
-    with open(fresh, "rb+") as f:
-        os.fsync(f.fileno())
-    os.replace(fresh, path)
-
-
-def checksum(*tensors: Tensor) -> int:
-    """zlib.crc32 over the bytes of tensors, one after the other, as a file holds them."""
-    crc = 0
-    for x in tensors:
-        crc = zlib.crc32(x.detach().cpu().flatten().contiguous().view(torch.uint8).numpy(), crc)
-    return crc
+    write_tensors(path, {"text": text}, {})
 
 
 def finite(x: Tensor) -> Tensor:
@@ -435,7 +418,10 @@ class LatentFolder:
     def _header(self, shard):
         """Captions, crc32, and whether there are latents, after all that the header tells has been checked."""
         with safe_open(shard, "pt") as f:
-            about, names = json.loads((f.metadata() or {})["about"]), set(f.keys())
+            try:
+                about, names = header_of(f), set(f.keys())
+            except ValueError as e:
+                raise OSError(str(e)) from e
             n, kinds = len(about["captions"]), ("latents", "text") if "0.latents" in names else ("text",)
             if n == 0 or n != len(about["crc32"]) or names != {f"{i}.{kind}" for i in range(n) for kind in kinds}:
                 raise OSError(f"its {len(names)} tensors, captions and crc32 do not make samples 0 to n-1")

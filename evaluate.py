@@ -16,9 +16,9 @@ from torch import Tensor
 
 import data
 from baselines import STAGES
+from files import about_of, write_text
 from flowmap import Guided, sample, schedule
-from fsdp import write_text
-from model import SIZES, CausalWan, about_of, load_weights
+from model import SIZES, CausalWan, load_weights
 from rollout import stream
 from sc_loss import path_defects
 from stages import EVALUATE, WORLD, finished, frozen, is_finished, null_text, path_of, self_rollout, video_shape

@@ -21,6 +21,7 @@ A plain `python train.py` in fp32 has no ranks: then shard leaves the network wh
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import sys
 import time
@@ -39,10 +40,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from files import read_json, sync, write_text
 
 
 @dataclass
@@ -384,13 +388,14 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], about: dict, keep:
     except (CheckpointException, OSError, RuntimeError) as e:
         if is_lost(e):
             raise
+        on_rank_0(tidy, f"clearing {fresh} away")
         why = "; ".join(f"{x[0]}" for x in e.failures.values()) if isinstance(e, CheckpointException) else e
         raise OSError(f"got no space or no right to write the checkpoint {fresh} ({why}); what was saved before is "
                       "as it was: free some space, or change --out") from e
 
     def describe():
         ends = {}
-        for part in dcp.FileSystemReader(fresh).read_metadata().storage_data.values():
+        for part in Reader(fresh).read_metadata().storage_data.values():
             ends[part.relative_path] = max(part.offset + part.length, ends.get(part.relative_path, 0))
         if elsewhere := sorted(part for part in ends if not (fresh / part).exists()):
             raise OSError(f"got no {', '.join(elsewhere)} of other ranks in {fresh}, expected a folder that all ranks "
@@ -422,28 +427,71 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], about: dict, keep:
     on_rank_0(lambda: prune(reason), f"pruning {folder}")
 
 
-def load(folder: Path, tensors: dict[str, Tensor]) -> dict | None:
-    """Read the newest intact checkpoint into tensors, in place, from whatever number of ranks it was written by.
+class Reader(dcp.FileSystemReader):
+    """DCP's, but for one thing: its .metadata is a pickle, which could run anything when it is read. Here it may hold
+    what DCP writes of tensors, by name, and nothing else."""
 
-    Returns its `about`; None if there is none. A damaged one is named, left where it is, and the one before is taken.
-    ValueError if all are damaged, or hold other tensors.
-    """
-    path = newest_intact(folder)
-    if path is None:
-        return None
+    NAMES = {
+        "torch.distributed.checkpoint.metadata": ("Metadata", "TensorStorageMetadata", "ChunkStorageMetadata",
+                                                  "TensorProperties", "MetadataIndex", "StorageMeta",
+                                                  "_MEM_FORMAT_ENCODING"),
+        "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+        "torch": ("Size", "float32", "bfloat16", "float16", "float64", "int64"),
+        "torch.serialization": ("_get_layout",),
+        "pathlib": ("Path", "PosixPath", "PurePosixPath"),
+    }
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            if name not in Reader.NAMES.get(module.replace("pathlib._local", "pathlib"), ()):
+                raise pickle.UnpicklingError(f"it holds {module}.{name}, which no checkpoint needs")
+            return super().find_class(module, name)
+
+    def read_metadata(self, *args, **kwargs):
+        path = Path(self.path) / ".metadata"
+        try:
+            with open(path, "rb") as f:
+                metadata = self.Unpickler(f).load()
+            if not all(Path(part.relative_path).name == str(part.relative_path)
+                       for part in metadata.storage_data.values()):
+                raise ValueError("it names files of other folders")
+        except OSError:
+            raise
+        except Exception as e:  # damaged bytes make the unpickler fail in any way there is
+            raise ValueError(f"got a checkpoint {path} that cannot be read ({e}), expected one of this project: change "
+                             "--out, or move it away") from e
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+def about_checkpoint(path: Path) -> dict:
+    """What `save` was told about a checkpoint."""
+    expected = "what train.py left there: move the checkpoint away, or change --out"
+    about = read_json(path / "about.json", expected)
+    if lacking := {"step", "config", "seconds", "nonfinite", "data"} - about.keys():
+        raise ValueError(f"got {path / 'about.json'} without {', '.join(sorted(lacking))}, expected {expected}")
+    return about
+
+
+def load(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Read a checkpoint into tensors, in place, from whatever number of ranks it was written by. ValueError if it holds
+    other tensors."""
     try:
         with quiet():
-            dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), process_group=control and control.group,
+            dcp.load(tensors, storage_reader=Reader(path), process_group=control and control.group,
                      no_dist=control is None)
     except (CheckpointException, RuntimeError, ValueError) as e:
         if is_lost(e):
             raise
-        raise ValueError(f"got other tensors in {path} than this stage has ({e}), expected the same: change --out or "
+        why = str(e).strip().splitlines()[-1][:200] if str(e).strip() else type(e).__name__
+        raise ValueError(f"got other tensors in {path} than this stage has ({why}), expected the same: change --out or "
                          "--size, or move the checkpoint away to train the stage again") from e
-    return json.loads((path / "about.json").read_text())
 
 
 def newest_intact(folder: Path) -> Path | None:
+    """The newest checkpoint in a folder whose hashes are right, None if there is none at all. A damaged one is named,
+    left where it is, and the one before is taken. ValueError if all are damaged."""
     damaged = []
     for path in on_rank_0(lambda: checkpoints(folder)[::-1], f"looking into {folder}"):
         reason = damage(path)
@@ -482,9 +530,9 @@ def hashes(folder: Path) -> dict[str, str]:
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, by its recorded hashes; None if nothing."""
     try:
-        recorded = on_rank_0(lambda: json.loads((folder / "sha256.json").read_text()))
-    except (OSError, ValueError) as e:
-        return f"sha256.json cannot be read: {e}"
+        recorded = on_rank_0(lambda: read_json(folder / "sha256.json", "the hashes of its files"))
+    except ValueError as e:
+        return str(e)
     found = hashes(folder)
     wrong = sorted(name for name in recorded.keys() | found.keys() if recorded.get(name) != found.get(name))
     return f"{', '.join(wrong)}: missing, truncated or changed" if wrong else None
@@ -496,23 +544,3 @@ def quiet():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         yield
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file by a complete new one."""
-    fresh = path.with_name(path.name + ".writing")
-    with open(fresh, "w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(fresh, path)
-    sync(path.parent)
-
-
-def sync(folder: Path) -> None:
-    """Make what was created or renamed in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -32,19 +32,15 @@ Where we differ from the public causal code, and why
   - Teacher forcing and diffusion forcing honour the window and the sink as the rollout does.
 """
 
-import json
 import math
-import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -55,6 +51,11 @@ def check_window(window, sink, chunk):
     if window is not None and window < sink + chunk:
         raise ValueError(f"window {window} cannot hold a sink of {sink} and a chunk of {chunk} frames: "
                          f"give --window at least {sink + chunk}, or a smaller --sink or --chunk")
+
+
+def check_device(device: str, flag: str = "--device"):
+    if device != "cpu" and not (re.fullmatch(r"cuda(:\d+)?", device) and torch.cuda.is_available()):
+        raise ValueError(f"got {flag} {device}, expected cpu, or cuda where there is a GPU")
 
 
 @dataclass(frozen=True)
@@ -469,51 +470,7 @@ class CausalWan(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files
-
-def save_readable(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """safetensors' save_file, with the rights that any new file gets here: it makes files that nobody else can read."""
-    Path(path).touch()
-    mode = os.stat(path).st_mode
-    save_file(tensors, path, metadata)
-    os.chmod(path, mode)
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
-    """Write a safetensors file with `about` (JSON) in its header; the old file is replaced only by a complete new
-    one. OSError, with the path, if it cannot be written."""
-    fresh = Path(path).with_name(Path(path).name + ".writing")
-    try:
-        save_readable({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, fresh,
-                      {"about": json.dumps(about)})
-    except SafetensorError as e:
-        raise OSError(f"got no space or no right to write {path} ({e}): free some space, or change --out") from e
-    with open(fresh, "rb+") as f:
-        os.fsync(f.fileno())
-    os.replace(fresh, path)
-    folder = os.open(fresh.parent, os.O_RDONLY)
-    os.fsync(folder)  # a power cut must not undo the renaming
-    os.close(folder)
-
-
-def read_tensors(path: Path, only_about: bool = False) -> tuple[dict[str, Tensor], dict]:
-    """The tensors of a safetensors file and its `about`. ValueError if it is missing or damaged."""
-    if not Path(path).is_file():
-        raise ValueError(f"got no file {path}, expected a .safetensors checkpoint: train it, or change --weights or "
-                         "--out")
-    try:
-        with safe_open(path, "pt") as f:
-            about = json.loads((f.metadata() or {}).get("about", "{}"))
-            return {} if only_about else {k: f.get_tensor(k) for k in f.keys()}, about
-    except (SafetensorError, OSError, json.JSONDecodeError) as e:
-        raise ValueError(f"got a damaged or truncated file {path} ({e}), expected a complete .safetensors file: "
-                         "change --weights or --out, or move it away and train its stage again") from e
-
-
-def about_of(path: Path) -> dict:
-    """The `about` of a safetensors file, without its tensors."""
-    return read_tensors(path, only_about=True)[1]
-
+# Weights
 
 def check_weights(net: CausalWan, weights: dict[str, Tensor], path) -> None:
     """ValueError that names the first tensors of a file that do not fit the network."""

@@ -26,7 +26,6 @@ A shard that is deleted is made again; delete its .skipped.json, too, to try aga
 import argparse
 import csv
 import json
-import os
 import sys
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +38,8 @@ from tqdm import tqdm
 import data
 import encoders
 import video
+from files import about_of, read_json, write_json
+from model import check_device
 
 NAMED = 20  # names at most of one kind in a message
 
@@ -73,6 +74,8 @@ def i_of_n(text: str) -> tuple[int, int]:
 
 def run(args: argparse.Namespace) -> Counter:
     """The command: `prepare` with Wan's VAE and text encoder, each loaded when it is first needed."""
+    check_device(args.device)
+
     @cache
     def vae():
         return encoders.load_vae(args.wan, args.device)
@@ -127,6 +130,8 @@ def prepare(videos, captions, out, encode_clip, encode_text, negative, frames=81
         if value <= 0:
             raise ValueError(f"got {name} {value}, expected more than 0: change --{name}")
     videos, out = Path(videos), Path(out)
+    if out.is_file():
+        raise ValueError(f"got --out {out}, expected a folder, not a file: change --out")
     settings = {"frames": frames, "height": height, "width": width, "fps": float(fps), "shard": shard}
     shards = plan(out, settings, matched(videos, read_captions(captions)), part)
     mine = range(part[0], len(shards), part[1])
@@ -211,16 +216,20 @@ def read_captions(path) -> list[tuple[str, str]]:
     try:
         with open(path, encoding="utf-8-sig", newline="") as f:
             if path.suffix in (".csv", ".tsv"):
-                found = csv.DictReader(f, delimiter="\t" if path.suffix == ".tsv" else ",")
+                found = csv.DictReader(f, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
                 if not {"video", "caption"} <= set(found.fieldnames or ()):
                     raise ValueError(f"its columns are {found.fieldnames}, by the first row")
             else:
                 found = (json.loads(line) for line in f if line.strip())
             for row in found:
-                if not isinstance(row, dict) or not isinstance(row.get("video"), str) or "caption" not in row:
+                if not isinstance(row, dict) or not isinstance(row.get("video"), str) or not isinstance(
+                        row.get("caption", 0), str | None):
                     raise ValueError(f"it is {str(row)[:80]}")
-                rows.append((PurePosixPath(row["video"].strip()).as_posix(), str(row["caption"] or "").strip()))
-    except (OSError, csv.Error, ValueError) as e:
+                name = PurePosixPath(row["video"].strip())
+                if name.is_absolute() or ".." in name.parts or "\0" in str(name):
+                    raise ValueError(f"the video {str(name)!r} is outside --videos")
+                rows.append((name.as_posix(), (row["caption"] or "").strip()))
+    except (OSError, csv.Error, ValueError, RecursionError) as e:
         raise ValueError(f"got {path}, which cannot be read at row {len(rows) + 1} ({e}), expected `video` and "
                          "`caption` in every row, in UTF-8: change --captions") from e
     return rows
@@ -256,9 +265,9 @@ def plan(out: Path, settings: dict, clips, part) -> list[list[tuple[str, str]]]:
     path, shards = out / "prepare.json", []
     if path.exists():
         try:
-            old = json.loads(path.read_text())
+            old = read_json(path, "a list of clips")
             before, shards = old["settings"], [[(name, caption) for name, caption in shard] for shard in old["shards"]]
-        except (OSError, ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"got a damaged {path} ({type(e).__name__}: {e}), expected the list that an earlier run "
                              "left: restore it, or change --out") from e
         changed = [k for k in settings if settings[k] != before.get(k)]
@@ -274,7 +283,7 @@ def plan(out: Path, settings: dict, clips, part) -> list[list[tuple[str, str]]]:
     new, n = [clip for clip in clips if clip not in known], settings["shard"]
     shards += [new[i:i + n] for i in range(0, len(new), n)]
     if new:
-        write_json(path, {"settings": settings, "shards": shards}, f".{part[0]}.writing")
+        write_json(path, {"settings": settings, "shards": shards}, one_of_many=True)
     return shards
 
 
@@ -288,11 +297,24 @@ def shard_path(out, k) -> Path:
 def skipped_of(out, k) -> list:
     """[video, reason, message] of each clip that was left out of a shard."""
     path = shard_path(out, k).with_suffix(".skipped.json")
-    return json.loads(path.read_text()) if path.exists() else []
+    try:
+        left_out = json.loads(path.read_text()) if path.exists() else []
+        return [[video, reason, message] for video, reason, message in left_out]
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"got a damaged {path} ({e}), expected the list of what was left out: delete it and "
+                         f"{shard_path(out, k).name}, which are then made again") from e
 
 
 def finished(out, k, clips) -> bool:
-    return shard_path(out, k).exists() or len(skipped_of(out, k)) == len(clips)
+    """Whether a shard is there, of the length that its header tells, or nothing of it was of use."""
+    path = shard_path(out, k)
+    if path.exists():
+        try:
+            return "captions" in about_of(path)
+        except ValueError as e:
+            raise ValueError(f"got the damaged shard {path}, expected a whole one: delete it, and it is made again "
+                             f"({e})") from e
+    return len(skipped_of(out, k)) == len(clips)
 
 
 def finish(out, k, samples, skipped) -> None:
@@ -304,16 +326,6 @@ def finish(out, k, samples, skipped) -> None:
         path.unlink(missing_ok=True)  # of an earlier try
     if samples:
         data.write_shard(shard_path(out, k), samples)
-
-
-def write_json(path, content, suffix=".writing") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(path.name + suffix)  # of its own for each part: they may write the same list at a time
-    with open(fresh, "w") as f:
-        json.dump(content, f, indent=1, ensure_ascii=False)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(fresh, path)
 
 
 def report(out, shards, mine) -> Counter:

@@ -22,7 +22,6 @@ seed --seed + k.
 """
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -42,9 +41,9 @@ import data
 import encoders
 import video
 import wan21
+from files import about_of, printable, read_json, run_command, write_json
 from flowmap import Guided
-from fsdp import write_text
-from model import SIZES, about_of, check_window
+from model import SIZES, check_device, check_window
 from rollout import grids, story
 
 # What weights that record nothing are made for. Wan's own: generate.py of Wan2.1, and its README for the 1.3B model
@@ -54,6 +53,9 @@ WAN = dict(stage="Wan 2.1", causal=False, few_step=False, solver="euler", steps=
 WAN_SMALL = WAN | dict(shift=8.0, guidance=6.0)
 STUDENT = WAN | dict(stage="a public student", causal=True, few_step=True, solver="cm", steps=4, first_steps=4, chunk=3,
                      guidance=1.0, mixed_steps=(4,))
+RANGES = [  # flags, their least, their most: beyond it is a slip of the hand, or would fill a machine
+    ("steps first_steps", 1, 10**4), ("samples batch frames chunk", 1, 10**6), ("seed", 0, 2**62), ("sink", 0, 10**6),
+    ("window", 1, 10**6), ("height width", 1, 10**4), ("shift", 1e-6, 1e6), ("guidance", -1e3, 1e3)]
 FORMATS = {"mp4": ".mp4", "webp": ".webp", "png": "", "latents": ".safetensors"}  # and their endings
 
 
@@ -154,7 +156,7 @@ def with_defaults(args, about: dict, size: str):
     if not causal and args.chunk is None:  # a clip at once
         args.frames = expected["chunk"] = args.frames or trained["frames"] - bool(args.image)
         expected["window"] = None
-    need(args.chunk is None or args.chunk >= 1, args, "chunk", "at least 1")
+    need(args.chunk is None or 1 <= args.chunk <= 10**6, args, "chunk", "a number from 1 to 1e+06")
     slides = args.window is None and expected["window"] is not None
     for name, value in expected.items():
         if getattr(args, name) is None:
@@ -171,15 +173,13 @@ def with_defaults(args, about: dict, size: str):
         if getattr(args, name) is None:
             setattr(args, name, value)
 
-    need(args.shift > 0 and args.seed >= 0, args, "shift seed", "a shift above 0 and a seed of at least 0")
+    for names, low, high in RANGES:
+        for name in names.split():
+            value = getattr(args, name)
+            need(value is None or low <= value <= high, args, name, f"a number from {low:g} to {high:g}")
     for name in ("device", "text_device"):
-        device = getattr(args, name)
-        need(device == "cpu" or device.startswith("cuda") and torch.cuda.is_available(), args, name,
-             "cpu, or cuda where there is a GPU")
-    for names in ("steps first_steps", "samples", "batch"):
-        need(all(getattr(args, name) >= 1 for name in names.split()), args, names, "at least 1")
-    need(args.chunk >= 1 and args.frames >= 1 and args.frames % args.chunk == 0, args, "frames chunk",
-         "a multiple of the chunk, at least one")
+        check_device(getattr(args, name), f"--{name.replace('_', '-')}")
+    need(args.frames % args.chunk == 0, args, "frames chunk", "a multiple of the chunk")
     need(not (args.image and args.clip), args, "image clip", "one of --image and --continue")
     need(toy or args.height % 16 == args.width % 16 == 0, args, "height width", "multiples of 16")
     need(not toy or (args.height, args.width) == (data.SIZE, data.SIZE), args, "height width",
@@ -243,8 +243,35 @@ class Sample:
     path: Path | None = None  # its own file, if it has one
 
 
+def check_out(args):
+    """ValueError if --out would replace what this command reads, or a file that it has not made."""
+    inputs = [args.weights, args.image, args.clip, args.prompts, args.prompt_embeds, args.wan]
+    for path in filter(None, inputs):
+        need(path.resolve() != args.out.resolve(), args, "out", f"another place than that of the input {path}")
+    if args.out.suffix:
+        need(not args.out.is_dir(), args, "out", "a file, but there is a folder of that name: change --out")
+        need(not args.out.exists() or is_ours(args.out), args, "out", "a new name, or that of a clip that sample.py "
+             "has made, which would be replaced: move the file away, or change --out")
+    else:
+        need(not args.out.is_file(), args, "out", "a folder, but there is a file of that name: change --out")
+
+
+def is_ours(path) -> bool:
+    """Whether a file is a clip, or latents, that this project wrote: it says so inside."""
+    if path.suffix == ".safetensors":
+        try:
+            return "captions" in about_of(path)
+        except ValueError:
+            return False
+    with open(path, "rb") as f:
+        start = f.read(2**20)
+        f.seek(max(0, path.stat().st_size - 2**20))
+        return video.MARK.encode() in start + f.read()
+
+
 def samples_of(args, prompts) -> list[Sample]:
     """All samples that are asked for and are not there yet."""
+    check_out(args)
     found = [Sample(prompt, args.seed + k) for prompt in prompts for k in range(args.samples)]
     folder = args.out.parent if args.out.suffix else args.out
     try:
@@ -266,30 +293,43 @@ def samples_of(args, prompts) -> list[Sample]:
         name = f"{i // args.samples:04d}_{words}_seed{sample.seed}"
         if args.vbench:
             name = f"{sample.prompt}-{i % args.samples}"
-            if "/" in name or len(name.encode()) > 230 or prompts.count(sample.prompt) > 1:
+            unfit = not sample.prompt.strip() or sample.prompt.startswith(".") or printable(name) != name
+            if unfit or set("/\n") & set(name) or len(name.encode()) > 230 or prompts.count(sample.prompt) > 1:
                 raise ValueError(f"got the prompt {sample.prompt!r}, expected one that can be the name of a file, and "
                                  "each once: change it, or leave out --vbench")
         sample.path = args.out / f"{name}{FORMATS[form]}"
     need(FORMATS[form] in (*video.formats(), ".safetensors"), args, "format", "another, or for mp4 `pip install av`")
     left = [sample for sample in found if not sample.path.exists()]
-    same_settings(args, new=len(left) == len(found))
+    same_settings(args, found, new=len(left) == len(found))
     if len(left) < len(found):
         print(f"{len(found) - len(left)} of {len(found)} clips are in {args.out} already and stay as they are")
     return left
 
 
-def same_settings(args, new: bool):
-    """Clips are added to a folder only with the settings of those that are there; sample.json keeps them."""
+def same_settings(args, samples, new: bool):
+    """Clips are added to a folder only with the settings of those that are there: sample.json keeps them, with the
+    prompt of every file, whose name holds but its beginning, and a digest of the weights."""
     path, free = args.out / "sample.json", {"prompt", "prompts", "samples", "seed", "out", "format", "vbench", "wan",
                                             "device", "text_device", "compile", "batch", "prompt_embeds"}
     free -= {"seed"} if args.vbench else set()  # which VBench's names do not tell
-    now = {k: str(v) for k, v in vars(args).items() if k not in free}
-    if not new and path.exists():
-        then = json.loads(path.read_text())
+    now = {k: str(v) for k, v in vars(args).items() if k not in free} | {"weights_digest": wan21.digest(args.weights)}
+    then = read_json(path, "what sample.py left there: move it away, or change --out") if path.exists() else {}
+    prompts = then.get("prompts") if isinstance(then.get("prompts"), dict) else {}
+    if not new and then:
         for name in now:
-            need(now[name] == then.get(name), args, name, f"{then.get(name)}, as for the clips in {args.out}, or "
-                 "another --out")
-    write_text(path, json.dumps(now, indent=1))
+            if name in ("weights", "weights_digest"):
+                need(now[name] == then.get(name, now[name]), args, "weights", "the very weights that the clips in "
+                     f"{args.out} were made with, {then.get('weights')}, or another --out")
+            else:
+                need(now[name] == then.get(name), args, name, f"{then.get(name)}, as for the clips in {args.out}, or "
+                     "another --out")
+        for sample in samples:
+            made = prompts.get(sample.path.name, sample.prompt)
+            if sample.path.exists() and made != sample.prompt:
+                raise ValueError(f"got --out {args.out} with {sample.path.name} of the prompt {made!r}, expected of "
+                                 f"{sample.prompt!r}: change --out")
+    prompts |= {sample.path.name: sample.prompt for sample in samples}
+    write_json(path, now | {"prompts": prompts}, one_of_many=True)
 
 
 def named(flag: str, read: Callable, *args, **how):
@@ -450,7 +490,7 @@ def sample_batch(args, config, net, vae, given, texts, switches, batch: list[Sam
     decode, fps = decoder(args, config, vae, sizes[0])
     frames_given, made, first = 0 if given is None else given.shape[1], 0, None
     unit = "latent frames" if latents_only(args) else "pictures"
-    name = batch[0].prompt[:30] if len(batch) == 1 else f"{len(batch)} clips"
+    name = printable(batch[0].prompt[:30]) if len(batch) == 1 else f"{len(batch)} clips"
     with ExitStack() as files, tqdm(total=frames_given + args.frames, unit="frame", desc=name) as bar:
         adders = [files.enter_context(output(path, fps, group, texts)) for path, group in groups]
         start = time.perf_counter()
@@ -514,13 +554,13 @@ def main(args) -> list[Path]:
     return [sample.path for sample in samples] if samples[0].path else [args.out]
 
 
-if __name__ == "__main__":
+def sample_or_say(args):
     try:
-        main(parse())
-    except (ValueError, OSError) as e:
-        sys.exit(f"{type(e).__name__}: {e}")
+        main(args)
     except torch.OutOfMemoryError as e:
-        sys.exit(f"OutOfMemoryError: {e}\nexpected less: give --text-device cpu, or a smaller --window, --batch, "
-                 "--height or --width")
-    except KeyboardInterrupt:
-        sys.exit("stopped; finished clips are kept")
+        raise OSError(f"{e}\nexpected less: give --text-device cpu, or a smaller --window, --batch, --height or "
+                      "--width") from e
+
+
+if __name__ == "__main__":
+    run_command(lambda: sample_or_say(parse()), "stopped; finished clips are kept")

@@ -31,8 +31,9 @@ import flops
 import fsdp
 import sc_loss
 from causal_cd import causal_cd_loss, draw_index
+from files import check_finite, read_tensors
 from flowmap import Guided, bell_weight, flow_matching_loss, schedule, warp
-from model import SIZES, CausalWan, check_weights, read_tensors
+from model import SIZES, CausalWan, check_weights
 from rollout import grids, shared_noise, stream
 
 KINDS = ("bidirectional", "teacher_forcing", "trajectory", "dmd")  # which settings a stage reads: --KIND-steps, ...
@@ -47,6 +48,7 @@ class Stage:
     few_step: bool  # a student: 1, 2, 4 steps without guidance
     solver: str  # that samples it: cm or euler
     windowed: bool = False  # sees only --window frames
+    teacher: str = ""  # of DMD: the stage whose weights are the teacher, and the critic's start
 
 
 @dataclass
@@ -145,6 +147,7 @@ def finished(cfg, stage, kind="") -> dict[str, Tensor]:
         raise ValueError(f"got no file {path}, expected the checkpoint of stage {stage}: run `python train.py --stage "
                          f"{stage} --out {cfg.out}` first, or change --out")
     weights, about = read_tensors(path)
+    check_finite(weights, path)
     if about.get("stage") != stage or about.get("size") != cfg.size:
         raise ValueError(f"got {path} of stage {about.get('stage')} and size {about.get('size')}, expected stage "
                          f"{stage} and size {cfg.size}: change --out or --size")
@@ -532,5 +535,5 @@ RECIPE = {
     "bidirectional": Stage(bidirectional, "bidirectional", None, causal=False, few_step=False, solver="euler"),
     "teacher_forcing": Stage(teacher_forcing, "teacher_forcing", "bidirectional", True, False, "euler"),
     "causal_cd": Stage(causal_cd, "trajectory", "teacher_forcing", True, True, "cm"),
-    "salt": Stage(salt, "dmd", "causal_cd", True, True, "cm", windowed=True),
+    "salt": Stage(salt, "dmd", "causal_cd", True, True, "cm", windowed=True, teacher="bidirectional"),
 }

@@ -23,13 +23,12 @@ stage, step, index in the batch). What is written replaces the old only when it 
 """
 
 import argparse
-import errno
 import json
 import re
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -43,14 +42,15 @@ import fsdp
 import plan
 import presets
 from baselines import STAGES
+from files import about_of, in_use, is_full, run_command, tidy, write_tensors, write_text
 from flowmap import schedule
-from model import SIZES, about_of, write_tensors
-from stages import KINDS, RECIPE, folder, is_finished, path_of
+from model import SIZES
+from stages import RECIPE, folder, is_finished, path_of
 
 
 def flag(default, help, affects="bidirectional"):
-    """A setting; affects: the kinds of stage (stages.KINDS) whose weights depend on it, or "none". Every stage depends
-    on what its teachers depend on."""
+    """A setting; affects: the kinds of stage (stages.KINDS) whose weights depend on it, "each" that a stage may have
+    for itself, or "none". Every stage depends on what its teachers depend on."""
     return field(default=default, metadata={"help": help, "affects": affects})
 
 
@@ -79,10 +79,10 @@ class Config:
     data: str = flag("", "folder of latents and prompts (data.LatentFolder); random: noise; else the toy world", "none")
     bad_data: str = flag("stop", "at a damaged sample in --data: stop, or skip to the next", "none")
     chunk: int = flag(1, "frames per autoregressive chunk")
-    batch: int = flag(16, "clips per update, over all ranks")
+    batch: int = flag(16, "clips per update, over all ranks", "each")
     accum: int = flag(1, "forward and backward passes that a rank splits its share of the batch into", "none")
 
-    precision: str = flag("fp32", "fp32, or bf16: compute in bf16, with fp32 weights, reductions and losses")
+    precision: str = flag("fp32", "fp32, or bf16: compute in bf16, with fp32 weights, reductions and losses", "each")
     checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time", "none")
     compile: bool = flag(False, "torch.compile the blocks", "none")
     gather: str = flag("forward", "gather weights for every forward, or (update) keep them until a backward", "none")
@@ -94,9 +94,11 @@ class Config:
     teacher_size: str = flag("", "size of DMD's teacher, if not --size", "dmd")
     teacher_out: str = flag("", "folder with DMD's teacher of --teacher-size", "none")
 
-    clip_norm: float = flag(1.0, "largest gradient norm")
-    lr_schedule: str = flag("decay", "constant, or decay: 20 updates of warm-up, then to a tenth over the last half")
-    ema_ramp: bool = flag(True, "let the decay of an average grow with the step, so that its start is forgotten")
+    clip_norm: float = flag(1.0, "largest gradient norm", "each")
+    lr_schedule: str = flag("decay", "constant, or decay: 20 updates of warm-up, then to a tenth over the last half",
+                            "each")
+    ema_ramp: bool = flag(True, "let the decay of an average grow with the step, so that its start is forgotten",
+                           "each")
     train_shift: float = flag(3.0, "timestep shift of the times in flow matching")
     prompt_dropout: float = flag(0.1, "share of clips trained with the empty prompt, for guidance")
     teacher_betas: tuple = flag((0.9, 0.95), "AdamW's betas of both teachers")
@@ -160,6 +162,22 @@ class Config:
         return max(1, round(getattr(self, f"{kind}_steps") * self.longer))
 
 
+LEAST = 1e-12  # of what must be above 0
+RANGES = [  # flags, their least, their most: beyond it is a slip of the hand, or would fill a machine
+    ("save_every sheet_every keep batch accum eval_clips trajectories phases", 1, 10**9),
+    ("bidirectional_steps teacher_forcing_steps trajectory_steps dmd_steps", 1, 10**9),
+    ("frames", 3, 1000), ("chunk", 1, 1000), ("height width", 1, 1000), ("critic_steps", 1, 99),
+    ("mixed_steps rollout_steps first_steps train_grid teacher_eval_steps", 1, 1000),
+    ("trajectory_grid shortcut_grid", 2, 10**5), ("seed eval_seed", 0, 2**63 - 1),
+    ("skip_nonfinite shard_over dmd_ema_start window sink", 0, 10**9),
+    ("longer shift train_shift score_shift clip_norm timeout gpu_memory critic_lr bidirectional_lr "
+     "teacher_forcing_lr trajectory_lr dmd_lr", LEAST, 1e9),
+    ("lambda_sc lambda_align lambda_gan lambda_scfm lambda_rcm align_margin", 0.0, 1e9),
+    ("guidance score_guidance", -1e3, 1e3), ("align_warmup align_prob mixed_probs", 0.0, 1.0),
+    ("align_depth", LEAST, 1.0), ("ema trajectory_ema dmd_ema prompt_dropout", 0.0, 1 - LEAST),
+    ("teacher_betas trajectory_betas dmd_betas", 0.0, 1 - LEAST)]
+
+
 def check(cfg: Config):
     """ValueError for a setting that could only fail later."""
     def need(ok, name, expected):
@@ -170,10 +188,19 @@ def check(cfg: Config):
     def power_of_two(n):
         return n > 0 and n & (n - 1) == 0
 
+    for names, low, high in RANGES:
+        for name in names.split():
+            values = getattr(cfg, name)
+            need(all(low <= x <= high for x in (values if isinstance(values, tuple) else (values,))), name,
+                 f"{'a whole number' if isinstance(low, int) else 'a number'} from {low:g} to {high:g}")
     need(cfg.size in SIZES, "size", f"one of {', '.join(SIZES)}")
     need(cfg.teacher_size in ("", *SIZES), "teacher_size", f"one of {', '.join(SIZES)}")
     need(cfg.teacher_size in ("", cfg.size) or cfg.teacher_out, "teacher_size teacher_out",
          "the folder of a run that trained a teacher of this size")
+    if cfg.teacher_size:
+        ours, theirs = SIZES[cfg.size], SIZES[cfg.teacher_size]
+        need((ours.in_dim, ours.text_dim, ours.text_len) == (theirs.in_dim, theirs.text_dim, theirs.text_len),
+             "teacher_size size", "networks of the same latents and texts")
     patch, channels = SIZES[cfg.size].patch_size, SIZES[cfg.size].in_dim
     need(cfg.height % patch[1] == 0 and cfg.width % patch[2] == 0, "height width size",
          f"multiples of the patch, {patch[1]} x {patch[2]}")
@@ -197,24 +224,17 @@ def check(cfg: Config):
     need(cfg.lr_schedule in ("constant", "decay"), "lr_schedule", "constant or decay")
     need(cfg.teacher_forcing_weight in ("flat", "bell"), "teacher_forcing_weight", "flat or bell")
     for name in ("teacher_betas", "trajectory_betas", "dmd_betas"):
-        need(len(getattr(cfg, name)) == 2 and all(0 <= b < 1 for b in getattr(cfg, name)), name,
-             "two numbers, at least 0 and below 1")
-    for name in ("skip_nonfinite", "shard_over", "dmd_ema_start"):
-        need(getattr(cfg, name) >= 0, name, "a number >= 0")
-    need(cfg.seed >= 0, "seed", "a number >= 0")
-    need(cfg.eval_seed >= 0, "eval_seed", "a number >= 0")
-    need(cfg.chunk > 0 and cfg.frames % cfg.chunk == 0 and cfg.frames > 2, "frames chunk",
-         "at least 3 frames, a multiple of the chunk")
-    need(cfg.mixed_steps[0] > 0 and all(b == 2 * a for a, b in zip(cfg.mixed_steps, cfg.mixed_steps[1:]))
+        need(len(getattr(cfg, name)) == 2, name, "two numbers")
+    need(cfg.frames % cfg.chunk == 0, "frames chunk", "frames that are a multiple of the chunk")
+    need(all(b == 2 * a for a, b in zip(cfg.mixed_steps, cfg.mixed_steps[1:]))
          and cfg.mixed_steps[-1] % 4 == 0, "mixed_steps",
          "each K twice the one before, so that the grids nest, and the last a multiple of 4")
-    need(cfg.first_steps > 0 and cfg.mixed_steps[-1] % cfg.first_steps == 0, "first_steps mixed_steps",
+    need(cfg.mixed_steps[-1] % cfg.first_steps == 0, "first_steps mixed_steps",
          "first steps that divide the largest K")
     need(power_of_two(cfg.rollout_steps) and power_of_two(cfg.first_steps), "rollout_steps first_steps",
          "powers of two, so that the grids nest")
-    need(len(cfg.mixed_steps) == len(cfg.mixed_probs) and min(cfg.mixed_probs) >= 0
-         and abs(sum(cfg.mixed_probs) - 1) < 1e-6, "mixed_steps mixed_probs", "one probability each, summing to 1")
-    need(1 <= cfg.critic_steps < 100, "critic_steps", "1 to 99")
+    need(len(cfg.mixed_steps) == len(cfg.mixed_probs) and abs(sum(cfg.mixed_probs) - 1) < 1e-6,
+         "mixed_steps mixed_probs", "one probability each, summing to 1")
     need(cfg.stage != "naive_sc" or cfg.rollout_steps > 1, "stage rollout_steps", "at least 2 steps, for a triple")
     need(power_of_two(cfg.shortcut_grid) and cfg.shortcut_grid > 1, "shortcut_grid", "a power of two")
     need(cfg.trajectory_grid % (4 * cfg.phases) == 0, "trajectory_grid phases",
@@ -222,15 +242,8 @@ def check(cfg: Config):
     need(cfg.train_grid > 3 and cfg.train_grid % 2 == 0, "train_grid", "an even number, at least 4")
     need(cfg.sc_through in ("both", "direct", "composed"), "sc_through", "both, direct or composed")
     need(cfg.align_features in ("teacher", "critic"), "align_features", "teacher or critic")
-    need(0 < cfg.align_depth <= 1, "align_depth", "above 0 and at most 1")
-    need(cfg.sink >= 0 and (cfg.window == 0 or cfg.window >= cfg.sink + cfg.chunk), "window sink chunk",
+    need(cfg.window == 0 or cfg.window >= cfg.sink + cfg.chunk, "window sink chunk",
          "a window that holds the sink and a chunk, or 0")
-    for name in ("ema", "trajectory_ema", "dmd_ema", "prompt_dropout"):
-        need(0 <= getattr(cfg, name) < 1, name, "at least 0 and below 1")
-    for name in ("longer", "shift", "train_shift", "score_shift", "clip_norm", "save_every", "keep", "sheet_every",
-                 "batch", "accum", "timeout", "gpu_memory", "eval_clips", "teacher_eval_steps", "trajectories",
-                 "phases", "critic_lr", *(f"{s}_{x}" for s in KINDS for x in ("steps", "lr"))):
-        need(getattr(cfg, name) > 0, name, "a positive number")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,9 +263,17 @@ def forget_after(cfg, stage, step):
     """Drop the metrics of steps that a stopped run made after its last save: they will be made again."""
     path = Path(cfg.out) / "metrics.jsonl"
     if path.exists():
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-        kept = [line for line in lines if line["stage"] != stage or line["step"] < step]
-        fsdp.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        kept = [line for line in readable_lines(path) if line.get("stage") != stage or line.get("step", -1) < step]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def readable_lines(path) -> list[dict]:
+    """The JSON objects of a file of lines; a line that a crash has cut or a disk has spoilt is none."""
+    lines = []
+    for line in path.read_text(errors="replace").splitlines():
+        with suppress(ValueError, RecursionError):
+            lines.append(json.loads(line))
+    return [line for line in lines if isinstance(line, dict)]
 
 
 def start_of(cfg, stage) -> str | None:
@@ -266,14 +287,29 @@ def kinds_behind(cfg, stage) -> set[str]:
     return {STAGES[stage].kind} | (kinds_behind(replace(cfg, init=""), start) if start else set())
 
 
-def same_settings(cfg, stage, path, was: dict):
-    """A stage's weights belong to the settings that made them, its own and those of the stages before."""
+def same_settings(cfg, stage, path, was: dict, of_another=False):
+    """A stage's weights belong to the settings that made them, its own and those of the stages before. of_another: they
+    are read by another stage, which may differ in what each has for itself, and where both have their presets' own."""
+    kinds = kinds_behind(cfg, stage) | (set() if of_another else {"each"})
+    own_now, own_then = (presets.settings_of(cfg.size, *of) if of_another else {}
+                         for of in ((cfg.stage, cfg.preset), (stage, was.get("preset", ""))))
     for f in fields(Config):
-        now, then = (json.loads(json.dumps(x)) for x in (getattr(cfg, f.name), was.get(f.name, f.default)))
-        if set(f.metadata["affects"].split()) & kinds_behind(cfg, stage) and now != then:
+        now, then, usual_now, usual_then = (json.loads(json.dumps(x)) for x in (
+            getattr(cfg, f.name), was.get(f.name, f.default), own_now.get(f.name), own_then.get(f.name)))
+        if set(f.metadata["affects"].split()) & kinds and now != then and (now, then) != (usual_now, usual_then):
             name = "--" + f.name.replace("_", "-")
             raise ValueError(f"got {name} {now}, expected {then}, with which {path} was trained: change {name}, or "
                              "give another --out (with copies of the stages to keep, if you like)")
+
+
+def check_what_is_read(cfg, stage):
+    """ValueError if a stage would start or learn from weights that were trained with other settings."""
+    start, teacher = start_of(cfg, stage), "" if cfg.teacher_out else STAGES[stage].teacher
+    for other in {start, teacher} - {None, ""}:
+        path = path_of(cfg, other)
+        about = about_of(path) if path.is_file() else {"source": "nowhere"}  # whose absence is told where it is read
+        if "source" not in about and isinstance(about.get("config"), dict):  # convert records others' weights
+            same_settings(replace(cfg, init=""), other, path, about["config"], of_another=True)
 
 
 @contextmanager
@@ -305,19 +341,23 @@ def run_stage(cfg, stage, most=sys.maxsize, until=float("inf")) -> int:
         return 0
     about = {"stage": stage, "size": cfg.size, "step": 0, "seconds": 0.0, "nonfinite": 0, "config": asdict(cfg),
              "data": data_digest(cfg)}  # first: a wrong --data should not cost the time to load a model
-    training = STAGES[stage].begin(cfg, start_of(cfg, stage))
-    tensors = fsdp.state_of(training)
-    if found := fsdp.load(states, tensors):
+    if checkpoint := fsdp.newest_intact(states):
+        found = fsdp.on_rank_0(lambda: fsdp.about_checkpoint(checkpoint))
         same_settings(cfg, stage, states, found["config"])
         if found["data"] != about["data"]:
             raise ValueError(f"got --data {cfg.data} with other clips than {states} was trained on, expected the same: "
                              "change --data or --out")
         about = found
-    first, last, start, before = about["step"], min(steps, about["step"] + most), time.time(), about["seconds"]
+    fsdp.on_rank_0(lambda: check_what_is_read(cfg, stage))
+    training = STAGES[stage].begin(cfg, start_of(cfg, stage))
+    tensors = fsdp.state_of(training)
+    if checkpoint:
+        fsdp.load(checkpoint, tensors)
+    first, last, start, before = about["step"], min(steps, about["step"] + most), time.monotonic(), about["seconds"]
     stop = False
     fsdp.agree(f"{stage} from step {first} to {last}, data {about['data'] or 'of the toy world'}")
     fsdp.on_rank_0(lambda: forget_after(cfg, stage, first))
-    fsdp.on_rank_0(lambda: fsdp.write_text(Path(cfg.out) / "config.json", json.dumps(asdict(cfg), indent=1)))
+    fsdp.on_rank_0(lambda: write_text(Path(cfg.out) / "config.json", json.dumps(asdict(cfg), indent=1)))
     meter = flops.Meter(cfg)
     bar = tqdm(total=steps, initial=first, desc=stage, mininterval=1, smoothing=0.05, disable=fsdp.rank() > 0)
     with bar, stopping_gently() as asked_to_stop:
@@ -334,7 +374,7 @@ def run_stage(cfg, stage, most=sys.maxsize, until=float("inf")) -> int:
                     raise ValueError(f"stage {stage}, step {step}: {e}, with another --out, or leave such updates out "
                                      f"with --skip-nonfinite. What was saved last is kept in {states}") from e
             metrics = readable(metrics) | meter.stop() | counters(cfg, stage, step, about["nonfinite"])
-            stop = fsdp.any_rank(asked_to_stop or time.time() > until, "whether to stop")
+            stop = fsdp.any_rank(asked_to_stop or time.monotonic() > until, "whether to stop")
             bar.update()
             if fsdp.rank() == 0:
                 record(cfg, {"stage": stage, "step": step, **metrics})
@@ -342,7 +382,7 @@ def run_stage(cfg, stage, most=sys.maxsize, until=float("inf")) -> int:
                     data.sheet({k: x[:4] for k, x in training.pictures.items()},
                                Path(cfg.out) / f"{stage}_sheets" / f"{step + 1:06d}")
             if (step + 1) % cfg.save_every == 0 or step + 1 == last or stop:
-                about |= {"step": step + 1, "seconds": before + time.time() - start}
+                about |= {"step": step + 1, "seconds": before + time.monotonic() - start}
                 about |= {k: v for k, v in metrics.items() if k.endswith("_updates")}
                 fsdp.save(states, step + 1, tensors, about, cfg.keep)
                 bar.set_postfix({k: f"{v:.3g}" for k, v in list(metrics.items())[:3] if isinstance(v, float)})
@@ -406,10 +446,13 @@ def main(cfg: Config) -> list[dict]:
     with fsdp.setup(cfg.device, cfg.precision, cfg.shard_over, cfg.timeout, cfg.check_ranks):
         check(cfg)
         same_on_all_ranks(cfg)
+        if cfg.stage == "evaluate" and not fsdp.on_rank_0(lambda: evaluate.finished_stages(cfg)):
+            raise ValueError(f"got --out {cfg.out}, expected a folder with a trained stage: change --out, or train")
         try:
-            return run(cfg)
+            with alone_in(cfg.out):
+                return run(cfg)
         except OSError as e:
-            if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if is_full(e):
                 raise OSError(f"got no space in {cfg.out} ({e}), expected some more: free it, or change --out. What "
                               "was saved before is as it was") from e
             raise
@@ -425,14 +468,20 @@ def same_on_all_ranks(cfg):
                                  f"{other[0][0]}, expected the same on every rank: start all with the same flags")
 
 
+@contextmanager
+def alone_in(out):
+    """Keep other runs out of a folder."""
+    with ExitStack() as stack:
+        fsdp.on_rank_0(lambda: stack.enter_context(in_use(out)), f"entering {out}")
+        fsdp.on_rank_0(lambda: tidy(out))
+        yield
+
+
 def run(cfg: Config) -> list[dict]:
     stages = RECIPE if cfg.stage == "all" else (cfg.stage,)
     if cfg.stage == "evaluate":
         stages = evaluate.finished_stages(cfg)
-        if not stages:
-            raise ValueError(f"got --out {cfg.out}, expected a folder with a trained stage: change --out, or train")
         cfg = evaluate.as_trained(cfg, stages[-1])
-    Path(cfg.out).mkdir(parents=True, exist_ok=True)
     say(f"settings: {json.dumps(asdict(cfg))}")
     for k in cfg.mixed_steps:
         say(f"times of {k} steps: {[round(t, 4) for t in schedule(k, cfg.shift).tolist()]}")
@@ -463,7 +512,7 @@ def run(cfg: Config) -> list[dict]:
 def budget(stop_after: str) -> tuple[int, float]:
     """--stop-after as a number of updates and a time to stop at."""
     if stop_after and stop_after[-1] in "smh":
-        return sys.maxsize, time.time() + int(stop_after[:-1]) * {"s": 1, "m": 60, "h": 3600}[stop_after[-1]]
+        return sys.maxsize, time.monotonic() + int(stop_after[:-1]) * {"s": 1, "m": 60, "h": 3600}[stop_after[-1]]
     return int(stop_after or 0) or sys.maxsize, float("inf")
 
 
@@ -483,9 +532,4 @@ def parse(argv=None) -> Config:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse())
-    except (ValueError, OSError, fsdp.RankError) as e:
-        sys.exit(f"{type(e).__name__}: {e}")
-    except KeyboardInterrupt:  # in the middle of measuring; updates are finished and saved first
-        sys.exit("stopped at once; the same command goes on from what was saved last")
+    run_command(lambda: main(parse()), "stopped; the same command goes on from what was saved last", fsdp.RankError)

@@ -27,6 +27,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
+import warnings
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from functools import partial
@@ -37,9 +38,13 @@ from PIL import Image, ImageOps
 
 PICTURES = {".png", ".apng", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}  # are read by Pillow
 MOVIES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".ogv", ".3gp"}
-DAMAGE = (OSError, ValueError, SyntaxError, EOFError, LookupError, RuntimeError, struct.error,
-          Image.DecompressionBombError)  # what decoders raise for a broken file
+DAMAGE = (OSError, ValueError, SyntaxError, EOFError, LookupError, RuntimeError, struct.error, MemoryError,
+          Image.DecompressionBombError, Image.DecompressionBombWarning)  # what decoders raise for a broken file
+CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,asf,flv,ogg,h264,hevc,ivf,wtv,mxf,nut,"
+              "rm,gif,apng,webp_pipe,png_pipe,jpeg_pipe")  # by FFmpeg's names; playlists are not among them
+MARK = "made by sample.py of few-step autoregressive video diffusion"  # in every file, which says that it is ours
 CRF = "18"  # H.264 quality, "visually lossless" by FFmpeg's H.264 encoding guide
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)  # a small file of a huge picture
 TIE = 1e-3  # seconds; containers round times to milliseconds, which must not decide which frame is nearest
 
 
@@ -63,7 +68,7 @@ def read(path, frames=None, height=None, width=None, fps=None) -> np.ndarray:
     for name, value in (("frames", frames), ("height", height), ("width", width), ("fps", fps)):
         if value is not None and value <= 0:
             raise ValueError(f"got {name} {value}, expected more than 0: change --{name}")
-    if not path.exists():
+    if not (path.is_file() or path.is_dir()):  # nor a pipe, which would be waited for
         raise ValueError(f"got no file or folder {path}, expected a video or picture")
     decode = _folder if path.is_dir() else _pictures if path.suffix.lower() in PICTURES else _movie
     if decode is _movie:
@@ -128,7 +133,9 @@ def _pictures(path):
 def _movie(path):
     av = pyav()
     try:
-        with av.open(str(path)) as file:
+        # by its whole name, as FFmpeg takes "http:..." for an address; and nothing that names other files or addresses
+        with av.open(f"file:{path.resolve()}", options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+                     ) as file:
             if not file.streams.video:
                 raise OSError("it has no video stream")
             stream = file.streams.video[0]
@@ -249,6 +256,7 @@ def _even(frame):
 def _mp4(path, fps, h, w):
     av = pyav()
     file = av.open(str(path), "w", format="mp4")
+    file.metadata["comment"] = MARK
     stream = file.add_stream("libx264", rate=fps, options={"crf": CRF})
     stream.height, stream.width, stream.pix_fmt = h + h % 2, w + w % 2, "yuv420p"
     about = stream.codec_context  # 1 is BT.709, and for the range 16 to 235: for the player to know; done in put
@@ -270,7 +278,8 @@ def _mp4_by_ffmpeg(path, fps, h, w):
     command = ["ffmpeg", "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{w + w % 2}x{h + h % 2}",
                "-r", str(fps), "-i", "-", "-vf", "scale=out_color_matrix=bt709:out_range=tv", "-c:v", "libx264",
                "-crf", CRF, "-pix_fmt", "yuv420p", "-colorspace", "bt709", "-color_primaries", "bt709",
-               "-color_trc", "bt709", "-color_range", "tv", "-f", "mp4", str(path)]
+               "-color_trc", "bt709", "-color_range", "tv", "-metadata", f"comment={MARK}", "-f", "mp4",
+               str(path)]
     # a session of its own: Ctrl-C in the terminal must not end it before it has finished the file
     program = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=errors, start_new_session=True)
 
@@ -297,7 +306,9 @@ def _webp(path, fps, h, w):
 
     def finish():
         ends = [round(1000 * i / fps) for i in range(len(images) + 1)]  # whole milliseconds, but without a drift
-        images[0].save(path, "webp", save_all=True, append_images=images[1:], loop=0, quality=80,
+        about = Image.Exif()
+        about[0x0131] = MARK  # Software
+        images[0].save(path, "webp", save_all=True, append_images=images[1:], loop=0, quality=80, exif=about,
                        duration=[after - before for before, after in zip(ends, ends[1:])])
 
     return lambda frame: images.append(Image.fromarray(frame)), finish

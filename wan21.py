@@ -24,23 +24,22 @@ again. Files are never run: a .pt that holds more than tensors and plain values 
 """
 
 import argparse
+import hashlib
 import json
 import os
 import pickle
 import re
-import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import encoders
-import fsdp
 import prepare
-from model import SIZES, CausalWan, WanConfig, save_readable, write_tensors
+from files import check_finite, read_json, read_tensors, run_command, sync, write_tensors, write_text
+from model import SIZES, CausalWan, WanConfig, check_device
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights: names
@@ -127,6 +126,20 @@ def read_weights(path: Path, part: str = "") -> tuple[dict[str, Tensor], dict]:
     return weights, {"layout": "diffusers" if theirs else "official", "part": ""}
 
 
+def digest(path: Path) -> str:
+    """A short hex string of the files of weights that a path stands for: of their names, sizes, and first and last
+    megabyte, in which other weights differ. It takes no time, whatever their size."""
+    path = Path(path)
+    files, found = sorted(path.rglob("*.safetensors*")) if path.is_dir() else [path], hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        with open(file, "rb") as f:
+            start = f.read(2**20)
+            f.seek(max(0, size - 2**20))
+            found.update(f"{file.name} {size} ".encode() + start + f.read())
+    return found.hexdigest()[:16]
+
+
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
     """The tensors of a .safetensors, an index or a folder of them, mapped; and the recorded `about`, if it is ours."""
     if path.is_dir() or re.search(r"-\d+-of-\d+$", path.stem):  # a shard stands for its folder
@@ -145,13 +158,12 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 def read_index(path: Path) -> dict[str, Tensor]:
     """The tensors of all shards that an index lists."""
-    try:
-        where = json.loads(Path(path).read_text())["weight_map"]
-        files = sorted(set(where.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"got a missing or damaged index {path} ({type(e).__name__}: {e}), expected JSON with a "
-                         "weight_map of tensor names to files: download it again, or change --weights") from e
-    shards = {file: mapped(path.with_name(file))[0] for file in files}
+    expected = ("an index, JSON with a weight_map of tensor names to files beside it: download it again, or change "
+                "--weights")
+    where = read_json(path, expected).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(x, str) and Path(x).name == x for x in where.values()):
+        raise ValueError(f"got {path}, expected {expected}")
+    shards = {file: mapped(path.with_name(file))[0] for file in sorted(set(where.values()))}
     for name, file in where.items():
         if name not in shards[file]:
             raise ValueError(f"got {path.with_name(file)} without {name}, expected it, as {path} says: download both "
@@ -164,13 +176,7 @@ def mapped(path: Path) -> tuple[dict[str, Tensor], dict]:
     if not path.is_file():
         raise ValueError(f"got no file {path}, expected weights there (.safetensors, .pt, or their folder): change "
                          "--weights, or download what is missing")
-    try:
-        with safe_open(path, "pt") as f:
-            about = json.loads((f.metadata() or {}).get("about", "{}"))
-            return {name: f.get_tensor(name) for name in f.keys()}, about
-    except (SafetensorError, OSError, json.JSONDecodeError) as e:
-        raise ValueError(f"got a damaged or truncated file {path} ({e}), expected a complete .safetensors file: "
-                         "download or convert it again") from e
+    return read_tensors(path)
 
 
 def read_pickled(path: Path, part: str) -> tuple[dict[str, Tensor], str]:
@@ -182,13 +188,13 @@ def read_pickled(path: Path, part: str) -> tuple[dict[str, Tensor], str]:
     try:
         held = torch.load(path, weights_only=True, mmap=is_zip, map_location="cpu")
     except pickle.UnpicklingError as e:
-        why = str(e).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
-        raise ValueError(f"got {path}, which is damaged or holds pickled code besides tensors ({why}), expected "
-                         "tensors alone, as code in a file can do anything here: save just its state dict, where you "
-                         "trust it") from e
+        name = re.search(r"GLOBAL ([\w.]+)", str(e))  # torch's own words go on to say how to run it all the same
+        what = f"holds the pickled code {name[1]}" if name else "is damaged or holds pickled code"
+        raise ValueError(f"got {path}, which {what} besides tensors, expected tensors alone, as code in a file can do "
+                         "anything here: save just its state dict, where you trust it") from e
     except Exception as e:  # damaged bytes make the unpickler fail in any way there is
-        raise ValueError(f"got a damaged or truncated file {path} ({type(e).__name__}: {e}), expected a complete file "
-                         "of torch.save: download it again") from e
+        raise ValueError(f"got a damaged or truncated file {path} ({type(e).__name__}: {str(e)[:200]}), expected a "
+                         "complete file of torch.save: download it again") from e
     parts = {name: tensors_in(value) for name, value in held.items()} if isinstance(held, dict) else {}
     parts = {name: tensors for name, tensors in parts.items() if tensors}
     taken = part or next((name for name in ("generator_ema", "generator", "model", "state_dict") if name in parts), "")
@@ -224,6 +230,7 @@ def load(config: WanConfig, path: Path, device="cpu", dtype: torch.dtype | None 
         raise ValueError(f"got {path} of mixed {' and '.join(dtypes)}, expected a dtype for all: give a dtype, such as "
                          "torch.bfloat16")
     for name in weights:
+        check_finite({name: weights[name]}, path)
         weights[name] = weights[name].to(device, dtype)
     with torch.device("meta"):
         net = CausalWan(config)
@@ -319,23 +326,18 @@ def write_sharded(folder, weights, max_shard_bytes, dtype, config: dict):
     folder.mkdir(parents=True, exist_ok=True)
     try:
         for path, names in zip(fresh, shards):
-            save_readable({name: weights[name].detach().to("cpu", dtype).contiguous() for name in names}, path,
-                          {"format": "pt"})
-            with open(path, "rb+") as f:
-                os.fsync(f.fileno())
+            write_tensors(path, {name: weights[name].detach().to("cpu", dtype) for name in names})
         for path, file in zip(fresh, files):
             os.replace(path, folder / file)
-        fsdp.sync(folder)
-    except SafetensorError as e:
-        raise OSError(f"got no space or no right to write {folder} ({e}): free some space, or change OUT") from e
+        sync(folder)
     finally:
         for path in fresh:
             path.unlink(missing_ok=True)
     if many:
         where = {name: file for file, names in zip(files, shards) for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": where}
-        fsdp.write_text(folder / f"{NAME}.safetensors.index.json", json.dumps(index, indent=2))
-    fsdp.write_text(folder / "config.json", json.dumps(config, indent=2))
+        write_text(folder / f"{NAME}.safetensors.index.json", json.dumps(index, indent=2))
+    write_text(folder / "config.json", json.dumps(config, indent=2))
 
 
 def write_own(out: Path, weights: dict[str, Tensor], about: dict, dtype: torch.dtype | None = None) -> None:
@@ -352,7 +354,7 @@ def write_own(out: Path, weights: dict[str, Tensor], about: dict, dtype: torch.d
     write_tensors(raw, weights, about)
     try:
         os.link(raw, ema)
-        fsdp.sync(ema.parent)
+        sync(ema.parent)
     except OSError:  # a file system without hard links
         write_tensors(ema, weights, about)
 
@@ -372,6 +374,7 @@ def convert(src: Path, out: Path, layout: str, size: str, stage="bidirectional",
     weights, found = read_weights(src, part)
     size = size or found.get("size") or size_of(weights, src)
     check_fit(SIZES[size], weights, src)
+    check_finite(weights, src)
     dtype, source = DTYPES[dtype] if dtype else None, {"path": str(src), **found}
     if layout == "official":
         write_official(out, weights, SIZES[size], dtype=dtype)
@@ -393,6 +396,7 @@ def record(out, size, stage, flags) -> dict:
     if stage not in train.STAGES:
         raise ValueError(f"got --stage {stage}, expected one of {', '.join(train.STAGES)}")
     made, cfg = train.STAGES[stage], train.parse([*flags, "--size", size, "--stage", stage, "--out", str(out)])
+    train.check(replace(cfg, data="random", device="cpu", accum=1))
     return {"stage": stage, "size": size, "step": 0, "seconds": 0.0, "nonfinite": 0, "config": asdict(cfg), "data": "",
             "causal": made.causal, "few_step": made.few_step, "solver": made.solver, "saved": time.time()}
 
@@ -430,6 +434,7 @@ def main(argv=None) -> None:
     if args.command == "convert":
         convert(args.src, args.out, args.layout, args.size, args.stage, args.part, args.dtype, flags)
     elif args.command == "encode-prompts":
+        check_device(args.device)
         count = encoders.encode_prompts(args.prompts, args.out, args.wan, args.device, args.batch)
         print(f"{args.out}: {count} prompts")
     else:
@@ -437,9 +442,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        sys.exit(f"{type(e).__name__}: {e}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; what was finished is kept, NAME.writing can be deleted, and the same command goes on")
+    run_command(main, "stopped; what was finished is kept, and the same command goes on")

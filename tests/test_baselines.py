@@ -13,8 +13,9 @@ import stages
 import train
 from causal_cd import pcm_loss, rcm_loss, trajectory
 from dmd import Discriminator, adversarial_loss, discriminator_loss, dmd_gradient, surrogate_loss
+from files import about_of, read_tensors
 from flowmap import add_noise, schedule
-from model import CausalWan, about_of, read_tensors
+from model import CausalWan
 from sc_loss import draw_shortcut, shortcut_loss
 
 
@@ -352,35 +353,3 @@ def test_chunk_wise(tmp_path, calls):
         rolled = [c for c in of_net(calls, training) if c["layout"] == "cache"]
         assert {c["x"].shape[1] for c in rolled} <= {2} and (rolled or stage == "causvid")
         assert all(c["t"][:, ::2].equal(c["t"][:, 1::2]) for c in calls if c["layout"])
-
-
-# -- Salt Eq. 13: the schedule of alignment ---------------------------------------------------------------------------
-
-def test_alignment_waits_is_stochastic_and_shares_its_noise(trained, monkeypatch):
-    """Bug: alignment from the first update on, in every one, against a reference from other noise or of a schedule that
-    is not the next denser one (Salt Sec. 3.3)."""
-    on, rolled = [], []
-    self_rollout = stages.self_rollout
-
-    def watch(cfg, net, text, noise, k, exit_step, first_exit, *rest):
-        rolled.append((k, exit_step, first_exit, noise, torch.is_grad_enabled()))
-        return self_rollout(cfg, net, text, noise, k, exit_step, first_exit, *rest)
-
-    monkeypatch.setattr(stages, "self_rollout", watch)
-    training = begin(trained, "salt", dmd_steps=60, align_warmup=0.25, align_prob=0.5, batch=1, critic_steps=1,
-                     mixed_probs=(0.4, 0.4, 0.2))
-    for step in range(60):
-        rolled.clear()
-        metrics = training.update(step)
-        if metrics["K"] < 8 and step >= 15:
-            on.append("align" in metrics)
-        else:
-            assert "align" not in metrics
-        if "align" in metrics:
-            low, reference = rolled[-2:]
-            assert reference[:2] == (2 * low[0], 2 * low[1] + 1) and reference[3] is low[3]
-            # the first chunk has four steps in both rollouts, or twice as many in the reference
-            assert reference[2] == (low[2] if low[0] == 2 else 2 * low[2] + 1)
-            assert low[4] and not reference[4]
-    n = len(on)
-    assert n > 20 and abs(sum(on) - n / 2) < 3 * (n / 4) ** 0.5

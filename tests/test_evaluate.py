@@ -12,8 +12,9 @@ import data
 import evaluate
 import stages
 import train
+from files import read_tensors, write_tensors
 from flowmap import schedule
-from model import SIZES, CausalWan, read_tensors, write_tensors
+from model import SIZES, CausalWan
 
 CLIPS = 3
 STAGES = {  # stage: (causal, student, solver)

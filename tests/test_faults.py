@@ -23,7 +23,7 @@ import data
 import fsdp
 import stages
 import train
-from model import read_tensors, write_tensors
+from files import read_tensors, write_tensors
 
 FAULTY = ROOT / "tests" / "faulty.py"
 FLAGS = "--stage bidirectional --batch 4 --frames 3 --save-every 2 --device cpu --data random --timeout 60".split()
@@ -134,7 +134,7 @@ MOMENTS = [  # of kill -9, each in the run that goes on after the one before; an
     ("pathlib.Path.rename:arg=.writing", 2),
     ("pathlib.Path.rename:arg=.writing:when=after", 4),
     ("os.unlink:arg=.distcp:when=after", 6),  # while it forgets the older ones
-    ("model.write_tensors:call=2", 6),  # between the raw weights and their average
+    ("files.write_tensors:call=2", 6),  # between the raw weights and their average
 ]
 
 
@@ -189,7 +189,7 @@ FULL = [  # when the disk fills up, what cannot be written then, what is safe
     ("fsdp.dcp.save", "bidirectional.state/00000004.writing", 2),
     ("torch.distributed.checkpoint.FileSystemWriter.finish", "bidirectional.state/00000004.writing", 2),
     ("fsdp.write_text:arg=about.json", "", 2),
-    ("model.write_tensors", "bidirectional_raw.safetensors", 6),
+    ("files.write_tensors", "bidirectional_raw.safetensors", 6),
 ]
 
 

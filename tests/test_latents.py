@@ -12,7 +12,8 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 import data
-from model import write_tensors
+import files
+from files import write_tensors
 
 SHAPE, TEXT = (4, 2, 3, 5), (6, 7)  # f c h w, l d
 COUNTS = (5, 4, 3)  # samples in the shards a, b and c
@@ -273,12 +274,12 @@ def test_null_text(tmp_path):
 
 def test_a_write_cut_short_leaves_the_old_shard(tmp_path, monkeypatch):
     """Bug: a converter killed while it writes leaves half a shard under the shard's name."""
-    def killed(tensors, path, about):
+    def killed(tensors, path, *_):
         Path(path).write_bytes(b"half")
         raise KeyboardInterrupt
 
     write(tmp_path)
-    monkeypatch.setattr(data, "save_readable", killed)
+    monkeypatch.setattr(files, "save_file", killed)
     for name in "ad":
         with pytest.raises(KeyboardInterrupt):
             data.write_shard(tmp_path / f"{name}.safetensors", [sample(0)])

@@ -106,7 +106,7 @@ def test_training_reads_it(tmp_path, films, monkeypatch):
 KILLED = """
 import os, signal, sys
 sys.path[:0] = {paths}
-import data, prepare
+import files, prepare
 from test_prepare import HOW, encode_clip, encode_text
 
 def killed(*args):
@@ -117,7 +117,7 @@ def encode(pixels, seen=[]):
     return killed() if len(seen) == {clip} else encode_clip(pixels)
 
 if not {clip}:
-    save_file, data.save_readable = data.save_readable, lambda x, path, about: (
+    save_file, files.save_file = files.save_file, lambda x, path, about: (
         killed(open(path, "wb").write(b"half a file")) if "00001" in str(path) else save_file(x, path, about))
 prepare.prepare({videos!r}, {captions!r}, {out!r}, encode, encode_text, **HOW)
 """

@@ -12,8 +12,9 @@ import data
 import presets
 import stages
 import train
+from files import write_tensors
 from flowmap import bell_weight, flow_matching_loss, schedule
-from model import SIZES, write_tensors
+from model import SIZES
 
 
 def parsed(words):
@@ -168,11 +169,14 @@ def test_teacher_of_the_papers_is_named(wan, capsys):
 
 
 def test_weights_of_another_chunk_are_refused(wan, tmp_path):
-    """Bug: causal_cd trained under one preset, in chunks of 3, then causal_forcing_pp under another, frame by frame."""
-    train.main(wan("--stage causal_cd --trajectory-steps 1"))
+    """Bug: causal_cd trained under one preset, in chunks of 3, then causal_forcing_pp under another, frame by frame; a
+    batch that all stages of a run must share."""
+    changed = "--trajectory-steps 1 --trajectory-grid 16 --trajectories 2 --frames 6 --height 4 --width 6"
+    train.main(wan(f"--stage causal_cd {changed}"))
     with pytest.raises(ValueError, match="causal_cd.safetensors, trained in chunks of 3, expected 1.*--preset"):
-        train.main(parsed(f"--out {tmp_path} --stage causal_forcing_pp --frames 6 --height 4 --width 6 --batch 2 "
-                          "--dmd-steps 1"))
+        train.main(parsed(f"--out {tmp_path} --stage causal_forcing_pp {changed} --batch 4 --dmd-steps 1"))
+    with pytest.raises(ValueError, match="--trajectory-grid 48, expected 16, with which .*causal_cd"):
+        train.main(parsed(f"--out {tmp_path} --stage salt {changed} --dmd-steps 1 --trajectory-grid 48"))
 
 
 # -- dropped prompts --------------------------------------------------------------------------------------------------

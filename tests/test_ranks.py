@@ -16,7 +16,8 @@ from test_train import config
 import fsdp
 import stages
 import train
-from model import SIZES, CausalWan, write_tensors
+from files import write_tensors
+from model import SIZES, CausalWan
 
 UPDATES = 2
 

@@ -20,7 +20,8 @@ import presets
 import sample
 import stages
 import train
-from model import SIZES, read_tensors
+from files import read_tensors
+from model import SIZES
 
 TINY = dict(bidirectional_steps=3, teacher_forcing_steps=3, trajectory_steps=3, dmd_steps=5, batch=4, critic_steps=2,
             frames=4, eval_clips=6, teacher_eval_steps=3, align_warmup=0.0, align_prob=1.0, save_every=2, sheet_every=4,
@@ -35,7 +36,9 @@ def config(out, **changes):
 def state(cfg, stage):
     """The tensors of a stage's newest checkpoint, and its about."""
     tensors = fsdp.state_of(train.STAGES[stage].begin(cfg, train.start_of(cfg, stage)))
-    return tensors, fsdp.load(train.states_of(cfg, stage), tensors)
+    path = fsdp.newest_intact(train.states_of(cfg, stage))
+    fsdp.load(path, tensors)
+    return tensors, fsdp.about_checkpoint(path)
 
 
 def equal(a, b):
@@ -108,7 +111,7 @@ def test_stop_after_a_time(tmp_path):
     """Bug: a budget of 90 minutes taken for 90 updates, or a run that overstays it, or that cannot go on from there."""
     assert [train.budget(x)[0] for x in ("", "200")] == [sys.maxsize, 200]
     for x, seconds in (("90s", 90), ("30m", 1800), ("8h", 28800)):
-        assert abs(train.budget(x)[1] - time.time() - seconds) < 5 and train.budget(x)[0] == sys.maxsize
+        assert abs(train.budget(x)[1] - time.monotonic() - seconds) < 5 and train.budget(x)[0] == sys.maxsize
     assert train.main(config(tmp_path, stage="bidirectional", bidirectional_steps=10**6, stop_after="1s")) == []
     steps = [line["step"] for line in logged(tmp_path)]
     saved = fsdp.checkpoints(tmp_path / "bidirectional.state")[-1]
@@ -121,7 +124,7 @@ def test_seconds_are_added_up_over_a_resume(tmp_path, monkeypatch):
     """Bug: a cost that forgets what was spent before a stop, counts it twice, or counts the time in between. By a clock
     on which every update takes 10 s and every pause 1,000."""
     clock = [0.0]
-    monkeypatch.setattr(train.time, "time", lambda: clock[0])
+    monkeypatch.setattr(train.time, "monotonic", lambda: clock[0])
     real = stages.descend
 
     def descend(*args):

@@ -13,10 +13,12 @@ import torch
 from conftest import ROOT, close
 from safetensors.torch import load_file, save_file
 
+import files
 import stages
 import train
 import wan21
-from model import SIZES, WanConfig, read_tensors
+from files import read_tensors
+from model import SIZES, WanConfig
 
 MODEL = "diffusion_pytorch_model.safetensors"
 TINY = WanConfig(dim=24, ffn_dim=48, num_heads=2, num_layers=2, in_dim=3, freq_dim=16, text_dim=5, text_len=3)
@@ -262,16 +264,16 @@ def test_a_failed_write_loses_nothing(tmp_path, monkeypatch, shard):
         wan21.write_own(tmp_path / "c", new, {"stage": "salt"})
     assert equal(wan21.read_weights(tmp_path / "c" / "salt.safetensors")[0], old)
 
-    real, written = wan21.save_readable, []
+    real, written = files.save_file, []
 
     def full_disk(tensors, path, metadata):
         if written or shard > 1e6:
             Path(path).write_bytes(b"half")
-            raise wan21.SafetensorError("No space left on device")
+            raise files.SafetensorError("I/O error: No space left on device (os error 28)")
         written.append(path)
         real(tensors, path, metadata)
 
-    monkeypatch.setattr(wan21, "save_readable", full_disk)
+    monkeypatch.setattr(files, "save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
         wan21.write_official(tmp_path / "d", new, TINY, shard)
     assert list((tmp_path / "d").iterdir()) == []

@@ -21,7 +21,8 @@ import data
 import flowmap
 import stages
 import train
-from model import SIZES, CausalWan, read_tensors, write_tensors
+from files import read_tensors, write_tensors
+from model import SIZES, CausalWan
 
 BATCH, FRAMES, CHUNK, UPDATES, CRITIC_STEPS = 4, 6, 2, 100, 2
 NULL, EMPTY = 9.0, 3.0  # every number of the negative prompt's text, and of the empty one's; the others are in [-1, 1]
@@ -146,6 +147,7 @@ def test_every_stage_has_its_row():
     for stage, row in TABLE.items():
         how = train.STAGES[stage]
         assert (how.kind, how.start, how.windowed) == (row.kind, row.start, row.windowed)
+        assert how.teacher == row.critic
         sampled = "causal" if how.causal else "whole", "student" if how.few_step else "teacher", how.solver
         assert " ".join(sampled) == row.sampled, stage
 
@@ -685,7 +687,7 @@ def test_reference_of_alignment(watch):
         if aligned:
             used, ref, args = used + 1, reference[0], aligned[0].args
             assert (ref.k, ref.exit, ref.grad) == (2 * low.k, 2 * low.exit + 1, False)
-            assert ref.first == low.first  # both have 8 first steps; test_baselines.py has others
+            assert ref.first == low.first  # both have 8 first steps
             assert torch.equal(ref.noise(1, 0), low.noise(1, 0)) and torch.equal(ref.text, low.text)
             (scores,) = w.of("losses", step, "net", name="dmd_loss")
             assert torch.equal(args.t, scores.args.t) and torch.equal(args.eps, scores.args.eps)
@@ -693,6 +695,19 @@ def test_reference_of_alignment(watch):
             assert args.margin == 0.05 and args.x_low.requires_grad and not args.x_ref.requires_grad
     could = sum(r.k < 8 for r in w.of("streams", turn="net", grad=True))
     assert abs(used - 0.7 * could) < 4 * math.sqrt(0.7 * 0.3 * could)
+
+
+@pytest.mark.parametrize("longer, first_steps", [(1.0, 4), (2.0, 1)])
+def test_alignment_waits_a_share_of_the_stage(home, longer, first_steps):
+    """Bug: a warm-up in updates of a run that is not --longer; a reference whose first chunk exits elsewhere on its own
+    denser grid."""
+    w = Watch(home, "salt", range(10, 70), longer=longer, first_steps=first_steps, align_warmup=0.25, align_prob=1.0)
+    for step in range(10, 70):
+        low, *reference = w.of("streams", step, "net")
+        assert len(reference) == (low.k < 8 and step >= 0.25 * longer * SETTINGS["dmd_steps"])
+        for ref in reference:  # at the same fraction of its steps
+            steps, steps_of_ref = max(low.k, first_steps), max(ref.k, first_steps)
+            assert (ref.first + 1) / steps_of_ref == (low.first + 1) / steps
 
 
 def test_features_of_alignment_may_be_the_critics(home):

@@ -1,0 +1,232 @@
+"""Every file that this project writes, and its own files read back.
+
+What is written replaces the old only when it is complete: it is NAME.writing until then, on disk to the last byte, and
+gone if it failed. A file of tensors carries in its header `about`, a JSON object, and a checksum of what it holds,
+which reading verifies. Nothing that is read is ever run.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+CHECKSUM = "crc32_of_all_tensors"  # in `about`
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what the system says when there is no space
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+@contextmanager
+def replacing(path: Path, fresh: Path | None = None) -> Iterator[Path]:
+    """A name to write to, NAME.writing or fresh, which becomes `path` when the context ends well and is removed when it
+    does not. OSError, with the path and what to do, if there is no space or no right."""
+    path = Path(path)
+    fresh = fresh or path.with_name(path.name + ".writing")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield fresh
+        with open(fresh, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(fresh, path)
+        sync(path.parent)
+    except (OSError, SafetensorError) as e:
+        why = "no space" if is_full(e) else "no right, or no place,"
+        raise OSError(f"got {why} to write {path} ({reason(e)}), expected some: free some space, or change --out. What "
+                      "was written before is as it was") from e
+    finally:
+        if fresh.is_file():
+            fresh.unlink()
+
+
+def is_full(e: Exception) -> bool:
+    return getattr(e, "errno", None) in FULL or any(f"os error {n}" in str(e) for n in FULL)
+
+
+def reason(e: Exception) -> str:
+    return getattr(e, "strerror", None) or str(e)
+
+
+def sync(folder: Path) -> None:
+    """Make what was created or renamed in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str, one_of_many=False) -> None:
+    """Replace a text file by a complete new one. one_of_many: processes that may do so at a time; the last one's stays.
+    """
+    path = Path(path)
+    with replacing(path, path.with_name(f"{path.name}.{os.getpid()}.writing") if one_of_many else None) as fresh:
+        fresh.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content, one_of_many=False) -> None:
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False), one_of_many)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict | None = None, checked=True) -> None:
+    """Write a safetensors file, in the tensors' dtypes. about: JSON for its header; with a checksum of all tensors, if
+    checked; None: a file for other programs."""
+    # clone: safetensors refuses tensors that share memory, as one text for two clips does
+    held = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    if len({v.untyped_storage().data_ptr() for v in held.values()}) < len(held):
+        held = {k: v.clone() for k, v in held.items()}
+    if about is not None and checked:
+        about = about | {CHECKSUM: checksum(*(held[k] for k in sorted(held)))}
+    metadata = {"format": "pt"} if about is None else {"about": json.dumps(about)}
+    with replacing(path) as fresh:
+        fresh.touch()
+        mode = fresh.stat().st_mode
+        save_file(held, fresh, metadata)
+        fresh.chmod(mode)  # safetensors makes files that nobody else can read
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+def read_json(path: Path, expected: str) -> dict:
+    """A JSON object. ValueError, which says what was expected, if it is anything else."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise TypeError(f"it is {str(content)[:40]}")
+        return content
+    except (OSError, ValueError, TypeError, RecursionError) as e:
+        raise ValueError(f"got a missing or damaged {path} ({type(e).__name__}: {reason(e)}), expected {expected}"
+                         ) from e
+
+
+def header_of(f) -> dict:
+    """`about` of an open safetensors file, {} if it has none. ValueError if it is no JSON object."""
+    try:
+        about = json.loads((f.metadata() or {}).get("about", "{}"))
+    except RecursionError as e:
+        raise ValueError("its header is nested too deep") from e
+    if not isinstance(about, dict):
+        raise ValueError(f"its header's `about` is {str(about)[:40]}, no JSON object")
+    return about
+
+
+def read_tensors(path: Path, only_about: bool = False) -> tuple[dict[str, Tensor], dict]:
+    """The tensors of a safetensors file, mapped from it, and its `about`. ValueError if it is missing, damaged, or not
+    what was written."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"got no file {path}, expected a .safetensors file: train it, or change --weights or --out")
+    try:
+        with safe_open(path, "pt") as f:
+            about = header_of(f)
+            tensors = {} if only_about else {k: f.get_tensor(k) for k in f.keys()}
+        recorded = about.pop(CHECKSUM, None)
+        if tensors and recorded is not None and checksum(*(tensors[k] for k in sorted(tensors))) != recorded:
+            raise ValueError("its bytes are not those that were written")
+        return tensors, about
+    except (SafetensorError, OSError, ValueError, MemoryError) as e:
+        raise ValueError(f"got a damaged or truncated file {path} ({e}), expected a complete .safetensors file: "
+                         "change --weights or --out, or move it away and train its stage again") from e
+
+
+def about_of(path: Path) -> dict:
+    """The `about` of a safetensors file, without its tensors."""
+    return read_tensors(path, only_about=True)[1]
+
+
+def checksum(*tensors: Tensor) -> int:
+    """zlib.crc32 over the bytes of tensors, one after the other, as a file holds them."""
+    crc = 0
+    for x in tensors:
+        crc = zlib.crc32(x.detach().cpu().flatten().contiguous().view(torch.uint8).numpy(), crc)
+    return crc
+
+
+def check_finite(tensors: dict[str, Tensor], path) -> None:
+    """ValueError that names the tensors that are no floating point numbers, or not finite ones."""
+    def fault(x):
+        if not x.is_floating_point():
+            return str(x.dtype).removeprefix("torch.")
+        return "" if torch.stack(x.aminmax()).isfinite().all() else "not finite"  # which takes no memory
+
+    wrong = [f"{name} ({why})" for name, x in tensors.items() if (why := fault(x))]
+    if wrong:
+        raise ValueError(f"got {path} with {len(wrong)} tensors that are no finite numbers ({', '.join(wrong[:3])}), "
+                         "expected weights of a network: change the file, or make it again")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders
+
+@contextmanager
+def in_use(folder: Path):
+    """Keep other runs out of a folder for as long as the context lasts. ValueError if one is in it.
+
+    By flock, on `.in_use` in the folder: the system lets go of it when the process ends, however it ends. Where a file
+    system cannot lock, nobody is kept out.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / ".in_use", os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as e:
+        raise ValueError(f"got --out {folder} ({reason(e)}), expected a folder to write in: change --out") from e
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            who = os.read(handle, 200).decode(errors="replace").strip()
+            raise ValueError(f"got --out {folder}, which is in use by {who or 'another process'}, expected a folder of "
+                             "its own: wait for that one, stop it, or change --out") from e
+        except OSError as e:
+            if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        try:
+            yield
+        finally:
+            os.ftruncate(handle, 0)
+    finally:
+        os.close(handle)
+
+
+def tidy(folder: Path) -> None:
+    """Remove what killed processes have left half written; only who is alone in the folder may."""
+    for path in Path(folder).glob("*.writing"):
+        if path.is_file():
+            path.unlink()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+
+def run_command(main: Callable, stopped: str, *errors: type) -> None:
+    """Run a command to its end. What is wrong is told in one line, exit code 1; Ctrl-C and SIGTERM end it with what to
+    do next, `stopped`, and exit code 0."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
+    try:
+        main()
+    except (ValueError, OSError, *errors) as e:
+        sys.exit(f"{type(e).__name__}: {printable(str(e))}")
+    except KeyboardInterrupt:
+        print(stopped, file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """Text of a file or a stranger without control characters, which a terminal would obey."""
+    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e]", lambda m: repr(m[0])[1:-1], text)
