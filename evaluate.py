@@ -35,7 +35,10 @@ def network(cfg, stage, kind="") -> CausalWan:
 
 def as_trained(cfg, stage):
     """cfg with every setting that shaped a finished stage as it was then."""
-    then = about_of(path_of(cfg, stage))["config"]
+    then = about_of(path_of(cfg, stage)).get("config")
+    if not isinstance(then, dict):
+        raise ValueError(f"got {path_of(cfg, stage)} without the settings it was trained with, expected a file that "
+                         "train.py left: change --out, or train the stage again")
     shaped = {f.name: then[f.name] for f in fields(cfg) if f.metadata["affects"] != "none" and f.name in then}
     return replace(cfg, **{k: tuple(v) if isinstance(v, list) else v for k, v in shaped.items()})
 
@@ -120,10 +123,27 @@ def steps_shown(cfg, stage) -> tuple:
 
 def known_rows(cfg, stage) -> list[dict]:
     """Rows of an earlier evaluation of the very same weights with the same settings."""
-    path, saved = table_path(cfg), about_of(path_of(cfg, stage))["saved"]
-    rows = json.loads(path.read_text()) if path.exists() else []
+    saved = about_of(path_of(cfg, stage))["saved"]
     same = {"stage": stage, "saved": saved, "clips": cfg.eval_clips, "teacher_eval_steps": cfg.teacher_eval_steps}
-    return [r for r in rows if all(r[k] == v for k, v in same.items()) and "defect" in r]
+    rows = [r for r in table(cfg) if r.items() >= same.items()]
+    return rows if all(r.keys() >= set(SHOWN) for r in rows) else []
+
+
+SHOWN = ("stage weights steps nfe quality quality_by_frame drift semantic dynamics distance defect sample_seconds "
+         "train_seconds").split()
+
+
+def table(cfg) -> list[dict]:
+    """The rows of the table in --out. ValueError if it is no such table."""
+    path = table_path(cfg)
+    try:
+        rows = json.loads(path.read_text()) if path.exists() else []
+        if not (isinstance(rows, list) and all(isinstance(r, dict) and "stage" in r for r in rows)):
+            raise ValueError("it is no list of rows")
+    except (OSError, ValueError, RecursionError) as e:
+        raise ValueError(f"got a damaged {path} ({e}), expected the table of an earlier run: move it away, or change "
+                         "--out") from e
+    return rows
 
 
 def table_path(cfg) -> Path:
@@ -160,7 +180,7 @@ def report(cfg, stage) -> list[dict]:
     rows, path = known_rows(cfg, stage), table_path(cfg)
     if not rows:
         rows = evaluate(cfg, stage)
-        old = json.loads(path.read_text()) if path.exists() else [the_world(cfg)]
+        old = table(cfg) or [the_world(cfg)]
         write_text(path, json.dumps([r for r in old if r["stage"] != stage] + rows, indent=1))
         draw_sheet(cfg, [stage], stage)
     print_rows(rows, header=False)

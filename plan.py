@@ -9,7 +9,8 @@ with fp32 weights, averages, gradients and both AdamW moments of what is trained
 """
 
 import weakref
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, replace
 from unittest import mock
 
 import torch
@@ -89,7 +90,21 @@ class Needs:
 
 
 def needs(cfg, stage) -> Needs:
-    """A dry run of one update of a stage on one clip, the costliest it has: the largest K, with room for L_SC."""
+    """What a stage needs. All blocks are alike, so everything grows evenly with their number: two dry runs, of networks
+    of 4 and of 6 blocks, tell what as many as there are need."""
+    deep = SIZES[cfg.teacher_size or cfg.size].num_layers, SIZES[cfg.size].num_layers
+    if min(deep) <= 6 or cfg.teacher_size not in ("", cfg.size):
+        return dry_run(cfg, stage)
+    shallow = []
+    for layers in (4, 6):
+        with mock.patch.dict(SIZES, {cfg.size: replace(SIZES[cfg.size], num_layers=layers)}):
+            shallow.append(dry_run(cfg, stage))
+    four, six = (astuple(n) for n in shallow)
+    return Needs(*(a + (b - a) * (deep[1] - 4) // 2 for a, b in zip(four, six)))
+
+
+def dry_run(cfg, stage) -> Needs:
+    """One update of a stage on shapes alone, on one clip, the costliest it has: the largest K, with room for L_SC."""
     largest = tuple(float(k == max(cfg.mixed_steps)) for k in cfg.mixed_steps)
     dry = replace(cfg, device="meta", batch=1, accum=1, critic_steps=1, compile=False, data="random",
                   mixed_probs=largest)
@@ -145,16 +160,15 @@ def at_a_time(net) -> int:
 COLUMNS = "weights moments gathered activations (cache) gradients on-1-GPU".split()
 
 
-def table(cfg) -> str:
-    """What every stage of --stage needs, one line each."""
+def table(cfg) -> Iterator[str]:
+    """What every stage of --stage needs, line by line."""
     columns = " ".join(f"{name:>11}" for name in COLUMNS)
-    lines = ["GB of one rank that works on one clip at a time (--accum batch / ranks), all ranks sharing one copy "
-             f"(--shard-over); PFLOP of an update of {cfg.batch} clips, of the largest K",
-             f"{'stage':<18} {columns} | GPUs of {cfg.gpu_memory:g} GB, each | PFLOP"]
+    yield ("GB of one rank that works on one clip at a time (--accum batch / ranks), all ranks sharing one copy "
+           f"(--shard-over); PFLOP of an update of {cfg.batch} clips, of the largest K")
+    yield f"{'stage':<18} {columns} | GPUs of {cfg.gpu_memory:g} GB, each | PFLOP"
     for stage in RECIPE if cfg.stage == "all" else (cfg.stage,):
         n = needs(cfg, stage)
         held = (n.weights, n.moments, n.gathered, n.activations, n.cache, n.gradients, n.on(1))
         fits = [k for k in range(1, cfg.batch + 1) if cfg.batch % k == 0 and n.on(k) <= 1e9 * cfg.gpu_memory]
         gpus = f"{fits[0]:>6}, {n.on(fits[0]) / 1e9:.2f}" if fits else f"more than {cfg.batch}"
-        lines.append(f"{stage:<18} {' '.join(f'{x / 1e9:>11.3f}' for x in held)} | {gpus:>20} | {n.flops / 1e15:.3g}")
-    return "\n".join(lines)
+        yield f"{stage:<18} {' '.join(f'{x / 1e9:>11.3f}' for x in held)} | {gpus:>20} | {n.flops / 1e15:.3g}"

@@ -441,7 +441,8 @@ def main(cfg: Config) -> list[dict]:
     world, where nothing can be measured)."""
     if cfg.plan:
         check(cfg)
-        print(plan.table(cfg))
+        for line in plan.table(cfg):
+            print(line, flush=True)
         return []
     with fsdp.setup(cfg.device, cfg.precision, cfg.shard_over, cfg.timeout, cfg.check_ranks):
         check(cfg)

@@ -181,7 +181,7 @@ def test_gpu_memory():
     gpus = []
     for gb in (0.01, 0.02, 0.1):
         cfg = train.parse(f"--stage bidirectional --plan --device cpu --gpu-memory {gb}".split())
-        gpus.append(int(plan.table(cfg).splitlines()[-1].split("|")[1].split(",")[0]))
+        gpus.append(int(list(plan.table(cfg))[-1].split("|")[1].split(",")[0]))
     assert gpus[0] > gpus[1] > gpus[2] == 1
 
 

@@ -1,5 +1,6 @@
 """What a stage needs: FLOPs against torch's own count, memory against what the allocator really gave out."""
 
+import dataclasses
 import resource
 
 import pytest
@@ -12,6 +13,7 @@ import flops
 import fsdp
 import plan
 import train
+from model import SIZES
 
 
 def layouts(net, x, t, text):
@@ -95,11 +97,23 @@ def test_plan_is_what_a_real_update_takes(start, stage, checkpointing):  # noqa:
     assert 0.99 < took / (n.gradients + n.activations) < 1.01, (took, n)
 
 
+@pytest.mark.parametrize("stage", ["teacher_forcing", "causal_cd", "sc_dmd_gan"])
+def test_two_shallow_networks_tell_of_a_deep_one(monkeypatch, stage):
+    """Bug: a plan of 30 blocks from 4 and 6 that is not what 30 need."""
+    monkeypatch.setitem(SIZES, "wan_tiny", dataclasses.replace(SIZES["wan_tiny"], num_layers=10))
+    cfg = train.parse(f"--size wan_tiny --stage {stage} --data random --plan --frames 6 --chunk 3 --height 4 --width 4 "
+                      "--batch 2".split())
+    told, needed = dataclasses.asdict(plan.needs(cfg, stage)), dataclasses.asdict(plan.dry_run(cfg, stage))
+    assert told.pop("gradients") + told.pop("activations") == pytest.approx(
+        needed.pop("gradients") + needed.pop("activations"), rel=1e-3)
+    assert told == needed
+
+
 def test_plan_of_14b_fits_on_no_gpu_and_allocates_nothing():
     """Bug: a plan that builds the networks (57 GB each), or a number of GPUs that does not fit."""
     cfg = train.parse("--size wan14b --stage bidirectional --data random --plan".split())
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    n, lines = plan.needs(cfg, "bidirectional"), plan.table(cfg).splitlines()
+    n, lines = plan.needs(cfg, "bidirectional"), list(plan.table(cfg))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2e6  # kB
     assert 14.2e9 < n.moments / 8 < 14.4e9 and n.weights == n.moments  # two of fp32 a weight; the net and its average
     gpus = int(lines[-1].split("|")[1].split(",")[0])
