@@ -25,6 +25,8 @@ import html
 import inspect
 import json
 import pickle
+import shutil
+import zlib
 from pathlib import Path
 
 import torch
@@ -239,6 +241,7 @@ def encode_prompts(prompts: Path, out: Path, folder: Path, device="cpu", batch: 
     out: a new `.safetensors` file. Beside it go null.safetensors, the embedding of `negative`, and empty.safetensors,
     that of the empty prompt, unless they are there. folder: see load_text_encoder. batch: prompts at a time. Returns
     how many were written. All embeddings are held in memory until then (8 kB a token): give a few thousand a file.
+    They are on disk as they come, in a folder OUT-*.parts, from which the same command goes on after a stop.
     ValueError if there is no prompt, `out` exists or has another ending.
     """
     out = Path(out)
@@ -255,10 +258,17 @@ def encode_prompts(prompts: Path, out: Path, folder: Path, device="cpu", batch: 
     for path, prompt in others.items():
         if not path.exists():
             data.write_null(path, encoder.encode([prompt])[0].bfloat16())
-    texts = []
+    of_this_encoder = f"{zlib.crc32(str(Path(folder).resolve()).encode()):08x}"
+    parts, samples = out.with_name(f"{out.stem}-{of_this_encoder}.parts"), []
     for start in tqdm(range(0, len(lines), batch), desc="prompts", unit="batch"):
-        texts += [text.bfloat16().cpu() for text in encoder.encode(lines[start:start + batch])]
-    data.write_shard(out, [{"text": text, "caption": line} for text, line in zip(texts, lines)])
+        some, part = lines[start:start + batch], parts / f"{start:08d}.safetensors"
+        held = data.read_shard(part) if part.exists() else []
+        if [sample["caption"] for sample in held] != some:
+            held = [{"text": text.bfloat16().cpu(), "caption": line} for text, line in zip(encoder.encode(some), some)]
+            data.write_shard(part, held)
+        samples += [sample | {"text": sample["text"].bfloat16()} for sample in held]
+    data.write_shard(out, samples)
+    shutil.rmtree(parts)
     return len(lines)
 
 

@@ -376,11 +376,7 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], about: dict, keep:
     """
     fresh, final = folder / f"{step:08d}.writing", folder / f"{step:08d}"
 
-    def tidy():  # what killed saves have left
-        for path in folder.glob("*.writing"):
-            shutil.rmtree(path)
-
-    on_rank_0(tidy, f"saving {final}")
+    clear(folder)
     try:
         with quiet():
             dcp.save(tensors, storage_writer=dcp.FileSystemWriter(fresh), process_group=control and control.group,
@@ -388,7 +384,7 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], about: dict, keep:
     except (CheckpointException, OSError, RuntimeError) as e:
         if is_lost(e):
             raise
-        on_rank_0(tidy, f"clearing {fresh} away")
+        clear(folder)
         why = "; ".join(f"{x[0]}" for x in e.failures.values()) if isinstance(e, CheckpointException) else e
         raise OSError(f"got no space or no right to write the checkpoint {fresh} ({why}); what was saved before is "
                       "as it was: free some space, or change --out") from e
@@ -420,11 +416,24 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], about: dict, keep:
         for path in older[:-keep]:
             shutil.rmtree(path)
 
-    on_rank_0(describe, f"describing {final}")
-    found = hashes(fresh)
-    on_rank_0(lambda: finish(found), f"finishing {final}")
+    try:
+        on_rank_0(describe, f"describing {final}")
+        found = hashes(fresh)
+        on_rank_0(lambda: finish(found), f"finishing {final}")
+    except OSError:
+        clear(folder)
+        raise
     reason = damage(final)
     on_rank_0(lambda: prune(reason), f"pruning {folder}")
+
+
+def clear(folder: Path) -> None:
+    """Remove what killed and failed saves have left in a folder."""
+    def tidy():
+        for path in folder.glob("*.writing"):
+            shutil.rmtree(path)
+
+    on_rank_0(tidy, f"clearing {folder}")
 
 
 class Reader(dcp.FileSystemReader):
@@ -477,6 +486,7 @@ def about_checkpoint(path: Path) -> dict:
 def load(path: Path, tensors: dict[str, Tensor]) -> None:
     """Read a checkpoint into tensors, in place, from whatever number of ranks it was written by. ValueError if it holds
     other tensors."""
+    on_rank_0(lambda: bool(Reader(path).read_metadata()))  # its own error, in place of DCP's about it
     try:
         with quiet():
             dcp.load(tensors, storage_reader=Reader(path), process_group=control and control.group,

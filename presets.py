@@ -26,6 +26,8 @@ What differs from the papers all the same, besides README's "Where we differ fro
   - CF++ leaves w(t) of CD open (Eq. 3): 1, as in CF.
 """
 
+from model import SIZES
+
 WAN = dict(
     frames=21, height=60, width=104,  # CF++: 81 frames of 480 x 832 pixels
     batch=64,  # CF++
@@ -107,9 +109,9 @@ OF_STAGE = {  # the preset of a stage if none is given; of the others: salt
 
 def settings_of(size: str, stage: str, preset: str) -> dict:
     """What --size, --stage and --preset change of Config's defaults. ValueError for a preset that does not fit."""
-    if not size.startswith("wan"):
+    if size not in SIZES or SIZES[size].in_dim == 3:  # the toy world's
         if preset:
-            raise ValueError(f"got --preset {preset} with --size {size}, expected none: presets are for Wan's sizes, "
+            raise ValueError(f"got --preset {preset} with --size {size}, expected none: presets are for Wan's latents, "
                              "the toy's settings are the defaults")
         return {}
     preset = preset or OF_STAGE.get(stage, "salt")

@@ -127,16 +127,24 @@ def parse(argv=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings
 
+def lacking(config: dict) -> set:
+    """What a checkpoint's settings should hold and do not."""
+    kinds = dict.fromkeys("first_steps sink window chunk frames height width".split(), int)
+    kinds |= {"guidance": float | int, "shift": float | int, "mixed_steps": list | tuple}
+    return {name for name, kind in kinds.items() if not isinstance(config.get(name), kind)}
+
+
 def trained_for(about: dict, size: str) -> dict:
     """The settings that weights were made for, as they record them or as is usual for their layout."""
     if about["layout"] == "pt":
         return STUDENT
     if about["layout"] != "own" or about.get("stage") == "bidirectional" and "source" in about:  # also when converted
         return WAN_SMALL if size == "wan1.3b" else WAN
-    if "causal" not in about:
+    c = about.get("config")
+    if not {"stage", "causal", "few_step", "solver"} <= about.keys() or not isinstance(c, dict) or lacking(c):
         raise ValueError("got no finished stage's checkpoint, expected a file STAGE.safetensors that train.py left: "
                          "change --weights")
-    student, c = about["few_step"], about["config"]
+    student = about["few_step"]
     few, causal = 2 if size.startswith("toy") else 4, about["causal"]
     return {"stage": about["stage"], "causal": causal, "few_step": student, "solver": about["solver"],
             "steps": few if student else 40, "first_steps": c["first_steps"] if student and causal else 1,

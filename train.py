@@ -341,6 +341,7 @@ def run_stage(cfg, stage, most=sys.maxsize, until=float("inf")) -> int:
         return 0
     about = {"stage": stage, "size": cfg.size, "step": 0, "seconds": 0.0, "nonfinite": 0, "config": asdict(cfg),
              "data": data_digest(cfg)}  # first: a wrong --data should not cost the time to load a model
+    fsdp.clear(states)
     if checkpoint := fsdp.newest_intact(states):
         found = fsdp.on_rank_0(lambda: fsdp.about_checkpoint(checkpoint))
         same_settings(cfg, stage, states, found["config"])

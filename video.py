@@ -27,7 +27,6 @@ import shutil
 import struct
 import subprocess
 import tempfile
-import warnings
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from functools import partial
@@ -39,12 +38,11 @@ from PIL import Image, ImageOps
 PICTURES = {".png", ".apng", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}  # are read by Pillow
 MOVIES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".ogv", ".3gp"}
 DAMAGE = (OSError, ValueError, SyntaxError, EOFError, LookupError, RuntimeError, struct.error, MemoryError,
-          Image.DecompressionBombError, Image.DecompressionBombWarning)  # what decoders raise for a broken file
+          Image.DecompressionBombError)  # what decoders raise for a broken file
 CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,asf,flv,ogg,h264,hevc,ivf,wtv,mxf,nut,"
               "rm,gif,apng,webp_pipe,png_pipe,jpeg_pipe")  # by FFmpeg's names; playlists are not among them
 MARK = "made by sample.py of few-step autoregressive video diffusion"  # in every file, which says that it is ours
 CRF = "18"  # H.264 quality, "visually lossless" by FFmpeg's H.264 encoding guide
-warnings.filterwarnings("error", category=Image.DecompressionBombWarning)  # a small file of a huge picture
 TIE = 1e-3  # seconds; containers round times to milliseconds, which must not decide which frame is nearest
 
 
@@ -113,11 +111,13 @@ def _folder(path):
     for file in sorted(path.iterdir(), key=lambda file: natural(file.name)):
         if file.suffix.lower() in PICTURES and not file.name.startswith("."):
             with Image.open(file) as image:
+                _check(image)
                 yield None, partial(_upright, image)
 
 
 def _pictures(path):
     with Image.open(path) as image:
+        _check(image)
         count, milliseconds = getattr(image, "n_frames", 1), 0
         if count == 1:
             yield None, partial(_upright, image)
@@ -128,6 +128,11 @@ def _pictures(path):
             yield milliseconds / 1000, partial(_upright, image.copy())
             milliseconds += image.info.get("duration") or 100  # a GIF that says 0 is shown at 10 fps by browsers
         yield milliseconds / 1000, None
+
+
+def _check(image):
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # a small file can hold them
+        raise OSError(f"it has {image.width * image.height / 1e6:.0f} million pixels")
 
 
 def _movie(path):
@@ -234,11 +239,17 @@ def writer(path, fps=16):
         yield write
     finally:
         if finish is not None:
-            finish()
-            if path.suffix:
-                with open(fresh, "rb+") as f:
-                    os.fsync(f.fileno())
-            os.replace(fresh, path)
+            try:
+                finish()
+                if path.suffix:
+                    with open(fresh, "rb+") as f:
+                        os.fsync(f.fileno())
+                os.replace(fresh, path)
+            except (OSError, SyntaxError) as e:  # PyAV's errors are of the first kind, too
+                shutil.rmtree(fresh, ignore_errors=True)
+                fresh.unlink(missing_ok=True)
+                raise OSError(f"got no space or no right to write {path} ({e}), expected some: free some space, or "
+                              "change --out") from e
 
 
 # A format is a function of path, fps, h, w that gives put(frame), frame uint8 `h w 3`, and finish().
