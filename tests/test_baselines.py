@@ -1,5 +1,7 @@
 """The papers' other methods: each by what defines it, in hand-computed losses and in what its updates really do."""
 
+import dataclasses
+
 import pytest
 import torch
 from conftest import close
@@ -15,7 +17,7 @@ from causal_cd import pcm_loss, rcm_loss, trajectory
 from dmd import Discriminator, adversarial_loss, discriminator_loss, dmd_gradient, surrogate_loss
 from files import about_of, read_tensors
 from flowmap import add_noise, schedule
-from model import CausalWan
+from model import SIZES, CausalWan
 from sc_loss import draw_shortcut, shortcut_loss
 
 
@@ -173,6 +175,14 @@ def test_discriminator_losses_and_gradients():
 
 
 # -- what the updates do ----------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module", autouse=True)
+def smaller():
+    """A toy network that is a tenth of the size: what is tested here does not depend on it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "toy", dataclasses.replace(SIZES["toy"], dim=48, ffn_dim=96, num_heads=4, num_layers=2))
+        yield
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
