@@ -376,7 +376,7 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], about: dict, keep:
     """
     fresh, final = folder / f"{step:08d}.writing", folder / f"{step:08d}"
 
-    clear(folder)
+    clear(folder, f"saving {final}")
     try:
         with quiet():
             dcp.save(tensors, storage_writer=dcp.FileSystemWriter(fresh), process_group=control and control.group,
@@ -427,13 +427,13 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], about: dict, keep:
     on_rank_0(lambda: prune(reason), f"pruning {folder}")
 
 
-def clear(folder: Path) -> None:
-    """Remove what killed and failed saves have left in a folder."""
+def clear(folder: Path, what="clearing checkpoints away") -> None:
+    """Remove what killed and failed saves have left in a folder. what: that this is part of."""
     def tidy():
         for path in folder.glob("*.writing"):
             shutil.rmtree(path)
 
-    on_rank_0(tidy, f"clearing {folder}")
+    on_rank_0(tidy, what)
 
 
 class Reader(dcp.FileSystemReader):

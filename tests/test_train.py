@@ -120,6 +120,20 @@ def test_stop_after_a_time(tmp_path):
         train.check(config(tmp_path, stop_after="soon"))
 
 
+def test_updates_to_stop_after_are_those_of_all_stages(tmp_path):
+    """Bug: a budget of 4 updates that every stage may use up."""
+    assert train.main(config(tmp_path, stop_after="4")) == []
+    assert [(line["stage"], line["step"]) for line in logged(tmp_path)] == [
+        *(("bidirectional", step) for step in range(3)), ("teacher_forcing", 0)]
+
+
+def test_updates_left_out_are_not_counted_as_made(tmp_path):
+    """Bug: generator and critic updates that a NaN has cost, counted as a paper's iterations."""
+    cfg = config(tmp_path)
+    assert train.counters(cfg, "salt", 9, 3) == {"nonfinite": 3, "generator_updates": 7, "critic_updates": 14}
+    assert train.counters(cfg, "causal_cd", 9, 3) == {"nonfinite": 3}
+
+
 def test_seconds_are_added_up_over_a_resume(tmp_path, monkeypatch):
     """Bug: a cost that forgets what was spent before a stop, counts it twice, or counts the time in between. By a clock
     on which every update takes 10 s and every pause 1,000."""
