@@ -60,6 +60,7 @@ from stages import (
     frozen,
     guide,
     noise_like,
+    path_of,
     prompts_only,
     regression,
     rollouts,
@@ -255,7 +256,8 @@ def trajectories(cfg, stage, teacher, layout_of) -> tuple[list[Path], dict]:
     folder.mkdir(parents=True, exist_ok=True)
     settings = {k: getattr(cfg, k) for k in ("size", "data", "seed", "frames", "chunk", "shift", "guidance", "batch",
                                              "prompt_dropout", "trajectory_grid", "trajectories")}
-    settings = json.loads(json.dumps(settings | {"stage": stage}))
+    teacher_saved = about_of(path_of(cfg, STAGES[stage].start)).get("saved")
+    settings = json.loads(json.dumps(settings | {"stage": stage, "teacher_saved": teacher_saved}))
     grid, batches = schedule(cfg.trajectory_grid, cfg.shift), range(-(-cfg.trajectories // cfg.batch))
     files = [folder / f"{i:06d}.safetensors" for i in range(len(batches) * cfg.batch)]
     missing = fsdp.on_rank_0(lambda: [not path.exists() for path in files])
@@ -277,9 +279,13 @@ def trajectories(cfg, stage, teacher, layout_of) -> tuple[list[Path], dict]:
                 write_tensors(path, {"x0": x0[i], "states": states[i], "text": text[i]}, about)
     fsdp.agree("training on trajectories")
     for path in files:
-        if (about := about_of(path)).get("settings") != settings:
-            raise ValueError(f"got {path} made with {about.get('settings')}, expected {settings}: change --out, or "
-                             "move the folder away")
+        about = about_of(path)
+        made = about.get("settings") if isinstance(about.get("settings"), dict) else {}
+        if differ := [k for k in settings if made.get(k, settings[k] if k == "teacher_saved" else None) != settings[k]]:
+            told = ", ".join(f"{k} {made.get(k)} (now {settings[k]})" for k in differ)
+            raise ValueError(f"got {path} made with {told}, expected the same: change --out, or move the folder away")
+        if not isinstance(about.get("seconds"), float | int):
+            raise ValueError(f"got {path} without its cost, expected a trajectory of ours: move the folder away")
     return files, {"data_seconds": sum(about_of(path)["seconds"] for path in files),
                    "data_bytes": sum(path.stat().st_size for path in files)}
 
@@ -300,6 +306,9 @@ def on_trajectories(cfg, stage, start, layout_of) -> Training:
         g = draws(cfg, "trajectory", step)
         pick = torch.randint(len(files), (cfg.batch,), generator=g)[part]
         stored = [read_tensors(files[i])[0] for i in pick]
+        if not all({"x0", "states", "text"} <= s.keys() for s in stored):
+            raise ValueError(f"got no x0, states and text in {[str(files[i]) for i in pick][:3]}, expected stored "
+                             "trajectories: move the folder away")
         x0, states, text = (torch.stack([s[k] for s in stored]).to(cfg.device) for k in ("x0", "states", "text"))
         layout = {"chunk": cfg.chunk} | layout_of(x0)
         index = draw_index(cfg.batch, cfg.frames, cfg.chunk, 4 if "clean" in layout else 5, g)[part].to(cfg.device)

@@ -12,13 +12,14 @@ So is how far the two ways' clips lie apart, relative to the largest value: firs
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 
 import data
-from files import replacing, run_command, write_text
+from files import read_json, run_command, write_text
 from model import SIZES, CausalWan, check_device
 from rollout import grids, stream
 
@@ -65,17 +66,21 @@ def rollout(net, shape, chunk, steps, frames, window, fused) -> tuple[dict, torc
 
 def main(args) -> list[dict]:
     """Measure every setting; returns a row for each setting and way."""
-    if args.rounds < 1:
-        raise ValueError(f"got --rounds {args.rounds}, expected at least 1")
+    if not 1 <= args.rounds <= 1000:
+        raise ValueError(f"got --rounds {args.rounds}, expected 1 to 1000")
     check_device(args.device)
-    if args.height < 2 or args.width < 2 or args.height % 2 or args.width % 2:
-        raise ValueError(f"got --height {args.height} --width {args.width}, expected even numbers from 2 on")
+    if not all(2 <= n <= 1000 and n % 2 == 0 for n in (args.height, args.width)):
+        raise ValueError(f"got --height {args.height} --width {args.width}, expected even numbers from 2 to 1000")
     if args.out:  # before an hour of measuring
         if args.out.is_dir():
             raise ValueError(f"got --out {args.out}, a folder, expected the name of a file")
-        with replacing(args.out.with_name(args.out.name + ".try")) as fresh:
-            fresh.touch()
-        args.out.with_name(args.out.name + ".try").unlink()
+        if args.out.exists() and (args.out.suffix != ".json" or "rows" not in read_json(args.out, "our own")):
+            raise ValueError(f"got --out {args.out}, which is none of ours, expected a new name: change --out")
+        try:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=args.out.parent).close()
+        except OSError as e:
+            raise ValueError(f"got --out {args.out} ({e}), expected a place to write: change --out") from e
     config, toy = SIZES[args.size], SIZES[args.size].in_dim == 3
     net = CausalWan(config).init_weights(0).eval().requires_grad_(False)
     torch.nn.init.normal_(net.head.head.weight, std=0.02)

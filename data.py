@@ -255,17 +255,19 @@ LARGEST = 64e9  # bytes of a shard that is read whole
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # dtypes that may be stored, by safetensors' names
 
 
-def write_shard(path: Path, samples: list[dict]) -> None:
+def write_shard(path: Path, samples: list[dict], made_by="") -> None:
     """Write a shard of a LatentFolder, whose docstring has the format; only a complete file ever appears at `path`.
 
     samples: dicts of `latents` (f c h w; in all or in none), `text` (l d), `caption` (str). Tensors are stored in the
-    dtype they come in: bfloat16 halves the disk space of float32. ValueError if some have latents and some have not.
+    dtype they come in: bfloat16 halves the disk space of float32. made_by: a word for the header. ValueError if some
+    have latents and some have not.
     """
     if len({"latents" in sample for sample in samples}) != 1:
         raise ValueError("got samples with latents and some without, or no sample, expected one kind in a shard")
     kinds = ("latents", "text") if "latents" in samples[0] else ("text",)
     about = {"captions": [sample["caption"] for sample in samples],
-             "crc32": [checksum(*[sample[kind] for kind in kinds]) for sample in samples]}
+             "crc32": [checksum(*[sample[kind] for kind in kinds]) for sample in samples],
+             **({"made_by": made_by} if made_by else {})}
     write_tensors(path, {f"{i}.{kind}": sample[kind] for i, sample in enumerate(samples) for kind in kinds}, about,
                   checked=False)  # its samples are, one by one
 
@@ -281,6 +283,10 @@ def read_shard(path: Path) -> list[dict]:
                 stored = {k: f.get_tensor(f"{i}.{k}") for k in ("latents", "text") if f"{i}.{k}" in names}
                 if checksum(*stored.values()) != crc:
                     raise OSError(f"the bytes of sample {i} do not match its crc32")
+                if not isinstance(caption, str) or any(len(x.shape) != (2 if k == "text" else 4) or x.shape[0] == 0
+                                                       for k, x in stored.items()):
+                    raise ValueError(f"sample {i} has the caption {caption!r} and shapes "
+                                     f"{[tuple(x.shape) for x in stored.values()]}")
                 samples.append({k: finite(x) for k, x in stored.items()} | {"caption": caption})
         return samples
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, MemoryError) as e:
@@ -295,7 +301,9 @@ def write_null(path: Path, text: Tensor) -> None:
 
 
 def finite(x: Tensor) -> Tensor:
-    """x as float32; OSError if it has non-finite values."""
+    """x as float32; OSError if it has non-finite values, or none that are real numbers."""
+    if not x.is_floating_point():
+        raise OSError(f"it holds {x.dtype}, no floating point numbers")
     x = x.float()
     if not x.isfinite().all():
         raise OSError("it holds non-finite values")
@@ -423,6 +431,9 @@ class LatentFolder:
             except ValueError as e:
                 raise OSError(str(e)) from e
             n, kinds = len(about["captions"]), ("latents", "text") if "0.latents" in names else ("text",)
+            if not all(isinstance(caption, str) for caption in about["captions"]) or not all(
+                    isinstance(crc, int) for crc in about["crc32"]):
+                raise OSError("its captions are not all text, or its checksums no numbers")
             if n == 0 or n != len(about["crc32"]) or names != {f"{i}.{kind}" for i in range(n) for kind in kinds}:
                 raise OSError(f"its {len(names)} tensors, captions and crc32 do not make samples 0 to n-1")
             for i in range(n):

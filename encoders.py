@@ -25,8 +25,8 @@ import html
 import inspect
 import json
 import pickle
-import shutil
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -36,6 +36,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
+from files import check_finite
 
 TEXT_LEN = 512  # tokens at most (wan/configs/shared_config.py of Wan2.1)
 
@@ -64,13 +65,14 @@ def is_model(folder: Path, key: str, value: str) -> bool:
     """Whether the config.json of a folder has this entry: the official folder has one too, of the diffusion network."""
     try:
         return json.loads((folder / "config.json").read_text())[key] == value
-    except (OSError, KeyError, ValueError):
+    except (OSError, KeyError, ValueError, TypeError, RecursionError):
         return False
 
 
 def fill(model, weights: dict[str, Tensor], path):
     """Give a model built on the meta device its weights, without a copy. ValueError, with the path, if they differ."""
     try:
+        check_finite(weights, path)
         model.load_state_dict(weights, assign=True)
     except RuntimeError as e:
         why = " ".join(str(e).split())[:400]  # may name every tensor
@@ -125,6 +127,9 @@ class TextEncoder:
                                  f"final {end} (</s>): is this UMT5's tokenizer.json? Change --wan")
         ids, mask = (torch.tensor(x, device=self.model.device) for x in ([t.ids for t in tokens],
                                                                          [t.attention_mask for t in tokens]))
+        if int(ids.max()) >= self.model.shared.num_embeddings:
+            raise ValueError(f"got a tokenizer of more words than the {self.model.shared.num_embeddings} of the text "
+                             "encoder, expected UMT5's tokenizer.json: change --wan")
         embeds = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
         return [x[:n].clone() for x, n in zip(embeds, mask.sum(1).tolist())]  # a view would keep the whole batch
 
@@ -226,7 +231,11 @@ def official_umt5(path: Path, dtype):
 def read_prompts(path: Path) -> list[str]:
     """The prompts of a text file, one a line. ValueError if it cannot be read or holds none."""
     try:
+        if not Path(path).is_file():  # nor a pipe, which would be waited for
+            raise OSError("it is no file")
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
+        if any("\0" in line for line in lines):
+            raise OSError("it holds bytes of 0: is it UTF-16?")
     except (OSError, UnicodeDecodeError) as e:
         raise ValueError(f"got no readable {path} ({e}), expected a UTF-8 text file, one prompt a line") from e
     if not any(lines):
@@ -256,7 +265,9 @@ def encode_prompts(prompts: Path, out: Path, folder: Path, device="cpu", batch: 
     lines = read_prompts(prompts)
     encoder = load_text_encoder(folder, device)
     for path, prompt in others.items():
-        if not path.exists():
+        if path.exists():
+            read_null(path, path.name)
+        else:
             data.write_null(path, encoder.encode([prompt])[0].bfloat16())
     of_this_encoder = f"{zlib.crc32(str(Path(folder).resolve()).encode()):08x}"
     parts, samples = out.with_name(f"{out.stem}-{of_this_encoder}.parts"), []
@@ -268,7 +279,10 @@ def encode_prompts(prompts: Path, out: Path, folder: Path, device="cpu", batch: 
             data.write_shard(part, held)
         samples += [sample | {"text": sample["text"].bfloat16()} for sample in held]
     data.write_shard(out, samples)
-    shutil.rmtree(parts)
+    for start in range(0, len(lines), batch):
+        (parts / f"{start:08d}.safetensors").unlink(missing_ok=True)
+    with suppress(OSError):  # if somebody has put another file there
+        parts.rmdir()
     return len(lines)
 
 
@@ -316,7 +330,7 @@ def load_vae(folder: Path, device="cpu", dtype=torch.float32):
         try:
             config = {"base_dim": len(official["encoder.conv1.weight"]), "z_dim": len(official["conv2.weight"]),
                       "decoder_base_dim": len(official["decoder.head.0.gamma"])}
-        except (KeyError, TypeError) as e:
+        except (KeyError, TypeError, IndexError, AttributeError) as e:
             raise ValueError(f"got {path} without the tensor {e}, expected the names of wan/modules/vae.py: "
                              "change --wan") from e
         with torch.device("meta"):

@@ -21,7 +21,18 @@ from flowmap import Guided, sample, schedule
 from model import SIZES, CausalWan, load_weights
 from rollout import stream
 from sc_loss import path_defects
-from stages import EVALUATE, WORLD, finished, frozen, is_finished, null_text, path_of, self_rollout, video_shape
+from stages import (
+    EVALUATE,
+    WORLD,
+    finished,
+    frozen,
+    is_finished,
+    null_text,
+    path_of,
+    record_of,
+    self_rollout,
+    video_shape,
+)
 
 
 def network(cfg, stage, kind="") -> CausalWan:
@@ -35,10 +46,7 @@ def network(cfg, stage, kind="") -> CausalWan:
 
 def as_trained(cfg, stage):
     """cfg with every setting that shaped a finished stage as it was then."""
-    then = about_of(path_of(cfg, stage)).get("config")
-    if not isinstance(then, dict):
-        raise ValueError(f"got {path_of(cfg, stage)} without the settings it was trained with, expected a file that "
-                         "train.py left: change --out, or train the stage again")
+    then = record_of(path_of(cfg, stage))["config"]
     shaped = {f.name: then[f.name] for f in fields(cfg) if f.metadata["affects"] != "none" and f.name in then}
     return replace(cfg, **{k: tuple(v) if isinstance(v, list) else v for k, v in shaped.items()})
 
@@ -123,14 +131,17 @@ def steps_shown(cfg, stage) -> tuple:
 
 def known_rows(cfg, stage) -> list[dict]:
     """Rows of an earlier evaluation of the very same weights with the same settings."""
-    saved = about_of(path_of(cfg, stage))["saved"]
+    saved = record_of(path_of(cfg, stage))["saved"]
     same = {"stage": stage, "saved": saved, "clips": cfg.eval_clips, "teacher_eval_steps": cfg.teacher_eval_steps}
-    rows = [r for r in table(cfg) if r.items() >= same.items()]
-    return rows if all(r.keys() >= set(SHOWN) for r in rows) else []
+    rows = [r for r in table(cfg) if all(r.get(k) == v for k, v in same.items())]
+    return rows if all(printable_row(r) for r in rows) else []
 
 
-SHOWN = ("stage weights steps nfe quality quality_by_frame drift semantic dynamics distance defect sample_seconds "
-         "train_seconds").split()
+def printable_row(r) -> bool:
+    """Whether a row holds all that is shown: an older version's, or one that somebody has edited, may not."""
+    numbers = "steps nfe quality drift semantic dynamics distance defect sample_seconds train_seconds".split()
+    return isinstance(r.get("weights"), str) and all(isinstance(r.get(name), float | int) for name in numbers) and len(
+        [x for x in r.get("quality_by_frame") or [] if isinstance(x, float | int)]) > 2
 
 
 def table(cfg) -> list[dict]:
@@ -165,10 +176,11 @@ def print_rows(rows, header=True):
 
 def draw_sheet(cfg, stages, name):
     """Pictures of finished stages at 1, 2, 4 steps (teachers also at their full number) on the same six clips."""
-    real, prompts, noise = evaluation_set(cfg, 6)
+    real, prompts, _ = evaluation_set(cfg, 6)
     rows = {"the world": real}
     for stage in stages:
         was = as_trained(cfg, stage)
+        noise = evaluation_set(was, 6)[2]  # with as many steps as its own K
         net = network(was, stage)
         for steps in sorted(steps_shown(was, stage)):
             rows[f"{stage} {steps}"] = generate(was, stage, net, steps, prompts, noise)

@@ -161,7 +161,10 @@ def check_finite(tensors: dict[str, Tensor], path) -> None:
     def fault(x):
         if not x.is_floating_point():
             return str(x.dtype).removeprefix("torch.")
-        return "" if torch.stack(x.aminmax()).isfinite().all() else "not finite"  # which takes no memory
+        if x.layout != torch.strided or x.is_meta:
+            return "sparse, or without numbers"
+        x = x.float() if x.dtype.itemsize == 1 else x  # of float8 nobody knows the least
+        return "" if x.numel() == 0 or torch.stack(x.aminmax()).isfinite().all() else "not finite"  # takes no memory
 
     wrong = [f"{name} ({why})" for name, x in tensors.items() if (why := fault(x))]
     if wrong:
@@ -182,7 +185,7 @@ def in_use(folder: Path):
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / ".in_use", os.O_RDWR | os.O_CREAT, 0o666)
+        handle = os.open(folder / ".in_use", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as e:
         raise ValueError(f"got --out {folder} ({reason(e)}), expected a folder to write in: change --out") from e
     try:
@@ -205,10 +208,11 @@ def in_use(folder: Path):
         os.close(handle)
 
 
-def tidy(folder: Path) -> None:
-    """Remove what killed processes have left half written; only who is alone in the folder may."""
+def tidy(folder: Path, beginnings: list[str]) -> None:
+    """Remove what killed processes have left half written, by how its names begin; only who is alone in the folder may.
+    """
     for path in Path(folder).glob("*.writing"):
-        if path.is_file():
+        if path.is_file() and path.name.startswith(tuple(beginnings)):
             path.unlink()
 
 
@@ -225,6 +229,11 @@ def run_command(main: Callable, stopped: str, *errors: type) -> None:
         sys.exit(f"{type(e).__name__}: {printable(str(e))}")
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr)
+    except Exception as e:
+        if os.environ.get("TRACEBACK"):
+            raise
+        sys.exit(f"unexpected {type(e).__name__}: {printable(str(e).strip())[:300]}\nIf flags and files are as README "
+                 "says, this is an error of ours: the same command with TRACEBACK=1 before it says where")
 
 
 def printable(text: str) -> str:

@@ -22,6 +22,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 import time
@@ -431,7 +432,8 @@ def clear(folder: Path, what="clearing checkpoints away") -> None:
     """Remove what killed and failed saves have left in a folder. what: that this is part of."""
     def tidy():
         for path in folder.glob("*.writing"):
-            shutil.rmtree(path)
+            if re.fullmatch(r"\d{8,}\.writing", path.name) and path.is_dir():
+                shutil.rmtree(path)
 
     on_rank_0(tidy, what)
 
@@ -478,8 +480,9 @@ def about_checkpoint(path: Path) -> dict:
     """What `save` was told about a checkpoint."""
     expected = "what train.py left there: move the checkpoint away, or change --out"
     about = read_json(path / "about.json", expected)
-    if lacking := {"step", "config", "seconds", "nonfinite", "data"} - about.keys():
-        raise ValueError(f"got {path / 'about.json'} without {', '.join(sorted(lacking))}, expected {expected}")
+    kinds = {"stage": str, "step": int, "config": dict, "seconds": float | int, "nonfinite": int, "data": str}
+    if wrong := [name for name, kind in kinds.items() if not isinstance(about.get(name), kind)]:
+        raise ValueError(f"got {path / 'about.json'} without {', '.join(wrong)} as they should be, expected {expected}")
     return about
 
 
@@ -518,7 +521,8 @@ def newest_intact(folder: Path) -> Path | None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The finished checkpoints in a folder, oldest first."""
-    return sorted(path for path in folder.glob("*") if path.name.isdigit())
+    found = [path for path in folder.glob("*") if re.fullmatch("[0-9]{8,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name))
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -92,6 +92,9 @@ def run(args: argparse.Namespace) -> Counter:
         for path in args.prompt_embeds:
             captions, embeds = encoders.read_prompt_embeds(path)
             texts |= zip(map(one_line, captions), embeds)
+        if len(widths := {text.shape[1] for text in texts.values()}) > 1:
+            raise ValueError(f"got embeddings of widths {sorted(widths)} in {', '.join(map(str, args.prompt_embeds))}, "
+                             "expected those of one text encoder: change --prompt-embeds")
         lacking = [c for _, c in read_captions(args.captions) if c and one_line(c) not in texts]
         if lacking:
             raise ValueError(f"got no embedding of {len(lacking)} captions, {lacking[0]!r} for one, expected those of "
@@ -121,14 +124,14 @@ def prepare(videos, captions, out, encode_clip, encode_text, negative, frames=81
     ValueError if the settings are not those of `out`, if nothing has both video and caption, or nothing is of use.
     """
     if frames % 4 != 1 or frames < 1:
-        raise ValueError(f"got {frames} frames, expected 4 k + 1 as the VAE needs them, like {frames // 4 * 4 + 1}: "
-                         "change --frames")
+        raise ValueError(f"got {frames} frames, expected 4 k + 1 as the VAE needs them, like "
+                         f"{max(frames, 0) // 4 * 4 + 1}: change --frames")
     if height < 16 or width < 16 or height % 16 or width % 16:
         raise ValueError(f"got {height} x {width} pixels, expected multiples of 16, the VAE's 8 times the network's "
                          "patch of 2: change --height or --width")
     for name, value in (("fps", fps), ("shard", shard), ("workers", workers)):
-        if value <= 0:
-            raise ValueError(f"got {name} {value}, expected more than 0: change --{name}")
+        if not 0 < value <= 10**6:
+            raise ValueError(f"got {name} {value}, expected more than 0 and no more than 10^6: change --{name}")
     videos, out = Path(videos), Path(out)
     if out.is_file():
         raise ValueError(f"got --out {out}, expected a folder, not a file: change --out")
@@ -217,7 +220,8 @@ def read_captions(path) -> list[tuple[str, str]]:
         with open(path, encoding="utf-8-sig", newline="") as f:
             if path.suffix in (".csv", ".tsv"):
                 found = csv.DictReader(f, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
-                if not {"video", "caption"} <= set(found.fieldnames or ()):
+                columns = found.fieldnames or ()
+                if not {"video", "caption"} <= set(columns) or len(set(columns)) < len(columns):
                     raise ValueError(f"its columns are {found.fieldnames}, by the first row")
             else:
                 found = (json.loads(line) for line in f if line.strip())
@@ -225,9 +229,13 @@ def read_captions(path) -> list[tuple[str, str]]:
                 if not isinstance(row, dict) or not isinstance(row.get("video"), str) or not isinstance(
                         row.get("caption", 0), str | None):
                     raise ValueError(f"it is {str(row)[:80]}")
+                if None in row:
+                    raise ValueError(f"it has more cells than columns, {row[None]}: a comma outside of quotes?")
+                (row["video"] + (row["caption"] or "")).encode()  # JSON can hold halves of characters, which no file takes
                 name = PurePosixPath(row["video"].strip())
-                if name.is_absolute() or ".." in name.parts or "\0" in str(name):
-                    raise ValueError(f"the video {str(name)!r} is outside --videos")
+                inside = not name.is_absolute() and ".." not in name.parts and name != PurePosixPath(".")
+                if not inside or "\0" in str(name) or max(len(part.encode()) for part in name.parts) > 255:
+                    raise ValueError(f"the video {str(name)[:200]!r} is outside --videos, or no name")
                 rows.append((name.as_posix(), (row["caption"] or "").strip()))
     except (OSError, csv.Error, ValueError, RecursionError) as e:
         raise ValueError(f"got {path}, which cannot be read at row {len(rows) + 1} ({e}), expected `video` and "
@@ -267,6 +275,9 @@ def plan(out: Path, settings: dict, clips, part) -> list[list[tuple[str, str]]]:
         try:
             old = read_json(path, "a list of clips")
             before, shards = old["settings"], [[(name, caption) for name, caption in shard] for shard in old["shards"]]
+            if not isinstance(before, dict) or not all(isinstance(x, str) for shard in shards for pair in shard
+                                                       for x in pair):
+                raise TypeError("its settings are no object, or its clips no text")
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"got a damaged {path} ({type(e).__name__}: {e}), expected the list that an earlier run "
                              "left: restore it, or change --out") from e
@@ -299,6 +310,8 @@ def skipped_of(out, k) -> list:
     path = shard_path(out, k).with_suffix(".skipped.json")
     try:
         left_out = json.loads(path.read_text()) if path.exists() else []
+        if not all(isinstance(x, str) for row in left_out for x in row):
+            raise TypeError("it holds other things than text")
         return [[video, reason, message] for video, reason, message in left_out]
     except (ValueError, TypeError) as e:
         raise ValueError(f"got a damaged {path} ({e}), expected the list of what was left out: delete it and "

@@ -24,7 +24,6 @@ seed --seed + k.
 import argparse
 import os
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -54,8 +53,8 @@ WAN_SMALL = WAN | dict(shift=8.0, guidance=6.0)
 STUDENT = WAN | dict(stage="a public student", causal=True, few_step=True, solver="cm", steps=4, first_steps=4, chunk=3,
                      guidance=1.0, mixed_steps=(4,))
 RANGES = [  # flags, their least, their most: beyond it is a slip of the hand, or would fill a machine
-    ("steps first_steps", 1, 10**4), ("samples batch frames chunk", 1, 10**6), ("seed", 0, 2**62), ("sink", 0, 10**6),
-    ("window", 1, 10**6), ("height width", 1, 10**4), ("shift", 1e-6, 1e6), ("guidance", -1e3, 1e3)]
+    ("steps first_steps samples batch", 1, 10**4), ("frames chunk window", 1, 10**6), ("seed", 0, 2**62),
+    ("sink", 0, 10**6), ("height width", 1, 10**4), ("shift", 1e-6, 1e6), ("guidance", -1e3, 1e3)]
 FORMATS = {"mp4": ".mp4", "webp": ".webp", "png": "", "latents": ".safetensors"}  # and their endings
 
 
@@ -63,7 +62,8 @@ def newest_student() -> Path:
     """The autoregressive student last trained, of any run."""
     found = {path: about_of(path) for path in Path("runs").glob("*/*.safetensors")
              if not path.stem.endswith("_raw")}
-    found = {path: about for path, about in found.items() if about.get("causal") and about.get("few_step")}
+    found = {path: about for path, about in found.items() if about.get("causal") and about.get("few_step")
+             and isinstance(about.get("saved"), float | int)}
     if not found:
         raise ValueError("got no student in runs/, expected runs/*/salt.safetensors or runs/*/causal_cd.safetensors: "
                          "run `python train.py` first, or give --weights")
@@ -223,6 +223,8 @@ def with_defaults(args, about: dict, size: str):
         warn("steps", "a blur: this is a multi-step teacher. Its students do this well")
     if causal and args.window != expected["window"]:
         warn("window", "errors at positions it has never seen, or motion that forgets its past")
+    need(not (args.negative_prompt is not None and toy), args, "negative_prompt", "none: the toy world knows just the "
+         "empty prompt")
     if args.negative_prompt and args.guidance == 1:
         say("warning: --negative-prompt changes nothing without --guidance")
     if causal and trained["window"] and args.sink != expected["sink"]:
@@ -268,7 +270,7 @@ def is_ours(path) -> bool:
     """Whether a file is a clip, or latents, that this project wrote: it says so inside."""
     if path.suffix == ".safetensors":
         try:
-            return "captions" in about_of(path)
+            return about_of(path).get("made_by") == video.MARK
         except ValueError:
             return False
     with open(path, "rb") as f:
@@ -297,7 +299,7 @@ def samples_of(args, prompts) -> list[Sample]:
     need(not args.vbench or args.format in (None, "mp4"), args, "format", "mp4 for --vbench")
     form = args.format or ("mp4" if args.vbench or ".mp4" in video.formats() else "webp")
     for i, sample in enumerate(found):
-        words = re.sub(r"\W+", "-", sample.prompt).strip("-")[:60]
+        words = re.sub(r"\W+", "-", sample.prompt)[:60].encode()[:120].decode(errors="ignore").strip("-")
         name = f"{i // args.samples:04d}_{words}_seed{sample.seed}"
         if args.vbench:
             name = f"{sample.prompt}-{i % args.samples}"
@@ -321,13 +323,19 @@ def same_settings(args, samples, new: bool):
                                             "device", "text_device", "compile", "batch", "prompt_embeds"}
     free -= {"seed"} if args.vbench else set()  # which VBench's names do not tell
     now = {k: str(v) for k, v in vars(args).items() if k not in free} | {"weights_digest": wan21.digest(args.weights)}
+    now |= {f"{name}_digest": wan21.digest(getattr(args, name)) for name in ("image", "clip") if getattr(args, name)}
     then = read_json(path, "what sample.py left there: move it away, or change --out") if path.exists() else {}
+    if then and "weights" not in then:
+        raise ValueError(f"got {path}, which sample.py has not written, expected its own or none: change --out")
     prompts = then.get("prompts") if isinstance(then.get("prompts"), dict) else {}
     if not new and then:
         for name in now:
             if name in ("weights", "weights_digest"):
                 need(now[name] == then.get(name, now[name]), args, "weights", "the very weights that the clips in "
                      f"{args.out} were made with, {then.get('weights')}, or another --out")
+            elif name.endswith("_digest"):
+                need(now[name] == then.get(name, now[name]), args, name.removesuffix("_digest"), "the very file that "
+                     f"the clips in {args.out} go on from, or another --out")
             else:
                 need(now[name] == then.get(name), args, name, f"{then.get(name)}, as for the clips in {args.out}, or "
                      "another --out")
@@ -348,6 +356,14 @@ def named(flag: str, read: Callable, *args, **how):
         raise ValueError(f"{e}: change {flag}") from e
 
 
+def is_text(prompt: str) -> bool:
+    """Whether a prompt can be written down: bytes of another encoding can not."""
+    try:
+        return bool(prompt.encode()) or not prompt
+    except UnicodeEncodeError:
+        return False
+
+
 def prompts_of(args, toy) -> list[str]:
     need(bool(args.prompt) + bool(args.prompts) < 2, args, "prompt prompts", "one of them")
     prompts = args.prompt or (data.PROMPTS if toy else [])
@@ -355,6 +371,9 @@ def prompts_of(args, toy) -> list[str]:
         prompts = named("--prompts", encoders.read_prompts, args.prompts)
     elif args.prompt_embeds and not args.prompt:
         prompts = encoders.read_prompt_embeds(args.prompt_embeds)[0]
+    for prompt in (*prompts, *(prompt for _, prompt in args.at)):
+        if not is_text(prompt) or "\0" in prompt:
+            raise ValueError(f"got the prompt {prompt!r}, expected text in UTF-8: change --prompt or --prompts")
     if not prompts:
         raise ValueError("got no prompt, expected some: give --prompt, --prompts or --prompt-embeds")
     return prompts
@@ -365,16 +384,20 @@ def texts_of(args, config, prompts) -> tuple[dict[str, Tensor], Tensor]:
     nothing = torch.zeros(1, config.text_dim)
     if toy_world(config):
         return {prompt: data.embed([data.parse_prompt(prompt)])[0] for prompt in prompts}, nothing
-    guided, negative = args.guidance != 1, args.negative_prompt or encoders.NEGATIVE_PROMPT
+    guided, given = args.guidance != 1, args.negative_prompt is not None
+    negative = args.negative_prompt if given else encoders.NEGATIVE_PROMPT
     if args.prompt_embeds:
         texts = dict(zip(*encoders.read_prompt_embeds(args.prompt_embeds)))
-        wanted = prompts + [negative] * bool(guided and args.negative_prompt)
+        wanted = prompts + [negative] * (guided and given)
         for prompt in wanted:
             if prompt not in texts:
                 raise ValueError(f"got the prompt {prompt!r}, expected one of the {len(texts)} in "
                                  f"{args.prompt_embeds}: encode it too, or leave out --prompt-embeds")
         if guided:
-            nothing = texts[negative] if args.negative_prompt else encoders.read_null(args.prompt_embeds)
+            nothing = texts[negative] if given else encoders.read_null(args.prompt_embeds)
+        for text in (*texts.values(), *([nothing] if guided else ())):
+            need(text.shape[1] == config.text_dim and len(text) <= config.text_len, args, "prompt_embeds",
+                 f"embeddings of at most {config.text_len} tokens of width {config.text_dim}, not {tuple(text.shape)}")
         return {prompt: texts[prompt] for prompt in prompts}, nothing
     say(f"text encoder of {args.wan}")
     encoder = encoders.load_text_encoder(args.wan, args.text_device)
@@ -388,6 +411,7 @@ def given_latents(args, config, vae) -> Tensor | None:
     if path is None:
         return None
     if path.suffix == ".safetensors":
+        need(not args.image, args, "image", "a picture: --continue takes a clip of latents")
         return clip_in(path, (config.in_dim, *latent_size(args, config)))
     fps = 16 if args.clip and not toy_world(config) else None
     frames = torch.from_numpy(named(flag, video.read, path, frames=1 if args.image else None, height=args.height,
@@ -421,7 +445,7 @@ def needs_vae(args, toy) -> bool:
 
 
 def whole_number(frame: str) -> int:
-    if not frame.isdecimal() or int(frame) < 1:
+    if not frame.isdecimal() or len(frame) > 9 or int(frame) < 1:
         raise ValueError(f"got --at {frame}, expected the number of a frame after the first: change --at, or --prompt")
     return int(frame)
 
@@ -454,9 +478,7 @@ def output(path: Path, fps: float, samples: list[Sample], texts: dict[str, Tenso
     """A function that adds the next chunk of some clips, x0 `b n c h w` and pictures `b f h w 3`, to one file: side by
     side, or as raw latents. If an exception ends the context, what was added is kept, as NAME-unfinished."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.stem}-unfinished{path.suffix}")
-    if unfinished.is_dir():
-        shutil.rmtree(unfinished)
+    unfinished = path.with_name(f".{path.stem[:100]}-{os.getpid()}{path.suffix}")  # nobody else's, whoever else is here
     chunks, columns = [], next(n for n in (6, 5, 4, 3, 2, 1) if len(samples) % n == 0)
     try:
         if path.suffix == ".safetensors":
@@ -466,14 +488,17 @@ def output(path: Path, fps: float, samples: list[Sample], texts: dict[str, Tenso
                 clips = zip(samples, torch.cat(chunks, dim=1)) if chunks else ()
                 shard = [{"latents": x, "text": texts[sample.prompt], "caption": sample.prompt} for sample, x in clips]
                 if shard:
-                    data.write_shard(unfinished, shard)
+                    data.write_shard(unfinished, shard, video.MARK)
         else:
             with video.writer(unfinished, fps) as write:
                 yield lambda x0, pictures: write(
                     rearrange(pictures, "(r c) f h w rgb -> f (r h) (c w) rgb", c=columns).cpu().numpy())
     except BaseException:
         if unfinished.exists():
-            say(f"kept what there is: {unfinished}")
+            names = (path.with_name(f"{path.stem}-unfinished{i or ''}{path.suffix}") for i in range(10**6))
+            kept = next(name for name in names if not name.exists())
+            os.rename(unfinished, kept)
+            say(f"kept what there is: {kept}")
         raise
     os.replace(unfinished, path)
 
@@ -527,11 +552,16 @@ def main(args) -> list[Path]:
     args.weights = args.weights or newest_student()
     weights, about = wan21.read_weights(args.weights, args.part)  # mapped, not read yet
     size = args.size or about.get("size") or wan21.size_of(weights, args.weights)
+    if not isinstance(size, str) or size not in SIZES:
+        raise ValueError(f"got {args.weights} of size {str(size)[:40]}, expected one of {', '.join(SIZES)}: change "
+                         "--weights, or give --size")
     config, toy = SIZES[size], toy_world(SIZES[size])
     wan21.check_fit(config, weights, args.weights)
     args = with_defaults(args, about, size)
     samples = samples_of(args, prompts_of(args, toy))
     switches = sorted((whole_number(frame), prompt) for frame, prompt in args.at)
+    if len({frame for frame, _ in switches}) < len(switches):
+        raise ValueError(f"got --at twice at one frame ({args.at}), expected another frame for each: change --at")
     if not samples:
         return []
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32

@@ -31,7 +31,7 @@ import flops
 import fsdp
 import sc_loss
 from causal_cd import causal_cd_loss, draw_index
-from files import check_finite, read_tensors
+from files import about_of, check_finite, read_tensors
 from flowmap import Guided, bell_weight, flow_matching_loss, schedule, warp
 from model import SIZES, CausalWan, check_weights
 from rollout import grids, shared_noise, stream
@@ -136,6 +136,16 @@ def is_finished(cfg, stage) -> bool:
     if ema.exists() and not raw.exists():
         raise ValueError(f"got {ema} without {raw}, expected both: restore it, or delete the first to train again")
     return ema.exists()
+
+
+def record_of(path) -> dict:
+    """What train.py has recorded in the weights of a finished stage. ValueError if it is not all there."""
+    about = about_of(path)
+    if not (isinstance(about.get("config"), dict) and isinstance(about.get("saved"), float | int)
+            and isinstance(about.get("seconds", 0), float | int)):
+        raise ValueError(f"got {path} without the settings it was trained with, expected a file that train.py left: "
+                         "change --out, or train the stage again")
+    return about
 
 
 def finished(cfg, stage, kind="") -> dict[str, Tensor]:

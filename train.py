@@ -42,10 +42,10 @@ import fsdp
 import plan
 import presets
 from baselines import STAGES
-from files import about_of, in_use, is_full, run_command, tidy, write_tensors, write_text
+from files import about_of, in_use, is_full, read_json, run_command, tidy, write_tensors, write_text
 from flowmap import schedule
 from model import SIZES
-from stages import RECIPE, folder, is_finished, path_of
+from stages import RECIPE, folder, is_finished, path_of, record_of
 
 
 def flag(default, help, affects="bidirectional"):
@@ -164,7 +164,7 @@ class Config:
 
 LEAST = 1e-12  # of what must be above 0
 RANGES = [  # flags, their least, their most: beyond it is a slip of the hand, or would fill a machine
-    ("save_every sheet_every keep batch accum eval_clips trajectories phases", 1, 10**9),
+    ("save_every sheet_every keep", 1, 10**9), ("batch accum eval_clips trajectories phases", 1, 10**6),
     ("bidirectional_steps teacher_forcing_steps trajectory_steps dmd_steps", 1, 10**9),
     ("frames", 3, 1000), ("chunk", 1, 1000), ("height width", 1, 1000), ("critic_steps", 1, 99),
     ("mixed_steps rollout_steps first_steps train_grid teacher_eval_steps", 1, 1000),
@@ -178,21 +178,35 @@ RANGES = [  # flags, their least, their most: beyond it is a slip of the hand, o
     ("teacher_betas trajectory_betas dmd_betas", 0.0, 1 - LEAST)]
 
 
-def check(cfg: Config):
-    """ValueError for a setting that could only fail later."""
+def need_of(cfg):
     def need(ok, name, expected):
         if not ok:
-            got = ", ".join(f"--{n.replace('_', '-')} {getattr(cfg, n)}" for n in name.split())
+            got = ", ".join(f"--{n.replace('_', '-')} {getattr(cfg, n)}"[:200] for n in name.split())
             raise ValueError(f"got {got}, expected {expected}")
+    return need
 
-    def power_of_two(n):
-        return n > 0 and n & (n - 1) == 0
 
+def check_numbers(cfg: Config):
+    """ValueError for a number that cannot be, before anything is done with it."""
+    need = need_of(cfg)
     for names, low, high in RANGES:
         for name in names.split():
             values = getattr(cfg, name)
             need(all(low <= x <= high for x in (values if isinstance(values, tuple) else (values,))), name,
                  f"{'a whole number' if isinstance(low, int) else 'a number'} from {low:g} to {high:g}")
+    need(re.fullmatch(r"(0*[1-9]\d{0,8}[smh]?)?", cfg.stop_after), "stop_after", "a number of updates, or a time such "
+         "as 30m")
+    need(cfg.out and len(cfg.out) < 3000 and cfg.out.isprintable(), "out", "the name of a folder")
+
+
+def check(cfg: Config):
+    """ValueError for a setting that could only fail later."""
+    need = need_of(cfg)
+    check_numbers(cfg)
+
+    def power_of_two(n):
+        return n > 0 and n & (n - 1) == 0
+
     need(cfg.size in SIZES, "size", f"one of {', '.join(SIZES)}")
     need(cfg.teacher_size in ("", *SIZES), "teacher_size", f"one of {', '.join(SIZES)}")
     need(cfg.teacher_size in ("", cfg.size) or cfg.teacher_out, "teacher_size teacher_out",
@@ -211,10 +225,10 @@ def check(cfg: Config):
     need(cfg.bad_data in ("stop", "skip"), "bad_data", "stop or skip")
     need(cfg.precision in ("fp32", "bf16"), "precision", "fp32 or bf16")
     need(cfg.gather in ("forward", "update"), "gather", "forward or update")
-    need(re.fullmatch(r"(\d+[smh]?)?", cfg.stop_after), "stop_after", "a number of updates, or a time such as 30m")
     need(cfg.batch % (cfg.accum * fsdp.world()) == 0, "batch accum",
          f"a batch that divides into equal parts for {fsdp.world()} ranks")
     need(cfg.stage in (*STAGES, "all", "evaluate"), "stage", f"one of {', '.join(STAGES)}, all, evaluate")
+    need(cfg.stage != "evaluate" or not cfg.data, "stage data", "no --data: only runs of the toy world can be measured")
     need(cfg.init == "" or cfg.init in STAGES, "init", f"one of {', '.join(STAGES)}")
     need(cfg.init == "" or cfg.stage in STAGES and STAGES[cfg.stage].kind == "dmd", "init stage",
          "a DMD stage, which starts from it")
@@ -262,6 +276,8 @@ def record(cfg, line: dict):
 def forget_after(cfg, stage, step):
     """Drop the metrics of steps that a stopped run made after its last save: they will be made again."""
     path = Path(cfg.out) / "metrics.jsonl"
+    if path.exists() and not path.is_file():
+        raise ValueError(f"got {path}, which is no file, expected the metrics of a run: move it away, or change --out")
     if path.exists():
         kept = [line for line in readable_lines(path) if line.get("stage") != stage or line.get("step", -1) < step]
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -302,6 +318,19 @@ def same_settings(cfg, stage, path, was: dict, of_another=False):
                              "give another --out (with copies of the stages to keep, if you like)")
 
 
+def check_finished(cfg, stage):
+    """ValueError if the weights that are there are not those that this command would train."""
+    path = path_of(cfg, stage)
+    about, raw = record_of(path), record_of(path_of(cfg, stage, "_raw"))
+    if {about.get("stage"), raw.get("stage")} != {stage}:
+        raise ValueError(f"got {path} of stage {about.get('stage')} and raw weights of {raw.get('stage')}, expected "
+                         f"{stage}: restore them, or change --out")
+    same_settings(cfg, stage, path, about["config"])
+    if "source" not in about and about.get("data", "") != data_digest(cfg):
+        raise ValueError(f"got --data {cfg.data or 'of the toy world'} with other clips than {path} was trained on, "
+                         "expected the same: change --data or --out")
+
+
 def check_what_is_read(cfg, stage):
     """ValueError if a stage would start or learn from weights that were trained with other settings."""
     start, teacher = start_of(cfg, stage), "" if cfg.teacher_out else STAGES[stage].teacher
@@ -336,7 +365,7 @@ def run_stage(cfg, stage, most=sys.maxsize, until=float("inf")) -> int:
     it was asked to stop."""
     steps, weights, states = cfg.steps_of(STAGES[stage].kind), path_of(cfg, stage), states_of(cfg, stage)
     if fsdp.on_rank_0(lambda: is_finished(cfg, stage)):
-        same_settings(cfg, stage, weights, about_of(weights)["config"])
+        fsdp.on_rank_0(lambda: check_finished(cfg, stage))
         say(f"{stage}: already trained, in {weights}")
         return 0
     about = {"stage": stage, "size": cfg.size, "step": 0, "seconds": 0.0, "nonfinite": 0, "config": asdict(cfg),
@@ -344,6 +373,9 @@ def run_stage(cfg, stage, most=sys.maxsize, until=float("inf")) -> int:
     fsdp.clear(states)
     if checkpoint := fsdp.newest_intact(states):
         found = fsdp.on_rank_0(lambda: fsdp.about_checkpoint(checkpoint))
+        if found["stage"] != stage or not 0 <= found["step"] <= steps:
+            raise ValueError(f"got {checkpoint} of stage {found['stage']} and step {found['step']}, expected one of "
+                             f"{stage}, up to step {steps}: move it away, or change --out")
         same_settings(cfg, stage, states, found["config"])
         if found["data"] != about["data"]:
             raise ValueError(f"got --data {cfg.data} with other clips than {states} was trained on, expected the same: "
@@ -440,6 +472,7 @@ def say(text: str):
 def main(cfg: Config) -> list[dict]:
     """Run what the config asks for. Returns the rows of the table (none if stopped before its end, or without the toy
     world, where nothing can be measured)."""
+    check_numbers(cfg)
     if cfg.plan:
         check(cfg)
         for line in plan.table(cfg):
@@ -470,12 +503,21 @@ def same_on_all_ranks(cfg):
                                  f"{other[0][0]}, expected the same on every rank: start all with the same flags")
 
 
+def check_folder(out):
+    """ValueError if a folder holds files that a run would replace and that no run has left."""
+    path = out / "config.json"
+    if path.exists() and not {"stage", "seed", "out"} <= read_json(path, "that of a run: change --out").keys():
+        raise ValueError(f"got --out {out} with a config.json that no run has left, expected a folder of a run, or a "
+                         "new one: change --out")
+
+
 @contextmanager
 def alone_in(out):
     """Keep other runs out of a folder."""
     with ExitStack() as stack:
         fsdp.on_rank_0(lambda: stack.enter_context(in_use(out)), f"entering {out}")
-        fsdp.on_rank_0(lambda: tidy(out))
+        fsdp.on_rank_0(lambda: check_folder(Path(out)))
+        fsdp.on_rank_0(lambda: tidy(out, [*STAGES, "config.json", "metrics.jsonl", "table_seed", "sheet"]))
         yield
 
 

@@ -232,8 +232,15 @@ def writer(path, fps=16):
             size = frames.shape[1:3]
             open_ = {".mp4": _mp4 if _av_encodes() else _mp4_by_ffmpeg, ".webp": _webp, "": _png}[path.suffix]
             put, finish = open_(fresh, Fraction(fps).limit_denominator(1001), *size)
-        for frame in frames:
-            put(frame)
+        try:
+            for frame in frames:
+                put(frame)
+        except OSError as e:
+            raise unwritable(e) from e
+
+    def unwritable(e):
+        return OSError(f"got no space or no right to write {path} ({e}), expected some: free some space, or change "
+                       "--out")
 
     try:
         yield write
@@ -248,8 +255,7 @@ def writer(path, fps=16):
             except (OSError, SyntaxError) as e:  # PyAV's errors are of the first kind, too
                 shutil.rmtree(fresh, ignore_errors=True)
                 fresh.unlink(missing_ok=True)
-                raise OSError(f"got no space or no right to write {path} ({e}), expected some: free some space, or "
-                              "change --out") from e
+                raise unwritable(e) from e
 
 
 # A format is a function of path, fps, h, w that gives put(frame), frame uint8 `h w 3`, and finish().

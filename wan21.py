@@ -245,7 +245,7 @@ def check_fit(config: WanConfig, weights: dict[str, Tensor], path) -> None:
         return
     missing, unexpected = sorted(own.keys() - got.keys()), sorted(got.keys() - own.keys())
     misshaped = [name for name in sorted(own.keys() & got.keys()) if own[name] != got[name]]
-    counted = [f"{len(names)} {kind} ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})" for kind, names in (
+    counted = [f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" for kind, names in (
         ("missing", missing), ("unexpected", unexpected),
         ("misshaped", [f"{name}: got {got[name]}, expected {own[name]}" for name in misshaped])) if names]
     patches = got.get("patch_embedding.weight", (0, 0))
@@ -369,6 +369,8 @@ def convert(src: Path, out: Path, layout: str, size: str, stage="bidirectional",
     """Read weights in any layout and write them in another; flags: of train.py, to be recorded."""
     if size and size not in SIZES:
         raise ValueError(f"got --size {size}, expected one of {', '.join(SIZES)}")
+    if fixed := {"--out", "--size", "--stage"} & {flag.split("=")[0] for flag in flags}:
+        raise ValueError(f"got {', '.join(fixed)} after SRC and OUT, expected none: OUT says where")
     if flags and layout != "own":
         raise ValueError(f"got {' '.join(flags)}, expected no such flag with --layout {layout}, which records none")
     weights, found = read_weights(src, part)
@@ -376,15 +378,26 @@ def convert(src: Path, out: Path, layout: str, size: str, stage="bidirectional",
     check_fit(SIZES[size], weights, src)
     check_finite(weights, src)
     dtype, source = DTYPES[dtype] if dtype else None, {"path": str(src), **found}
+    about = record(out, size, stage, flags) | {"source": source}
+    if layout == "own" and found["layout"] == "own":
+        raise ValueError(f"got {src}, a file of this project, expected another's with --layout own: copy it and its "
+                         "_raw file into OUT, or change --layout")
+    if dtype:
+        for name in weights:
+            weights[name] = weights[name].to(dtype)
+            check_finite({name: weights[name]}, f"{src} as {dtype}")
+    if out.exists() and not out.is_dir() or out.is_symlink() and not out.exists():
+        raise ValueError(f"got OUT {out}, expected a folder, not a file or a broken link: change OUT")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ValueError(f"got OUT {out} ({e}), expected a place for a folder: change OUT") from e
     if layout == "official":
         write_official(out, weights, SIZES[size], dtype=dtype)
     elif layout == "diffusers":
         write_diffusers(out, weights, SIZES[size], dtype=dtype)
     else:
-        if found["layout"] == "own":
-            raise ValueError(f"got {src}, a file of this project, expected another's with --layout own: copy it and "
-                             "its _raw file into OUT, or change --layout")
-        write_own(out, weights, record(out, size, stage, flags) | {"source": source}, dtype)
+        write_own(out, weights, about, dtype)
     count = sum(w.numel() for w in weights.values())
     print(f"{out}: {count / 1e9:.3g} billion weights, {' '.join([found['layout'], found.get('part', '')]).strip()} in "
           f"{src}, now {layout}")

@@ -286,7 +286,7 @@ def test_nothing_of_use(tmp_path, films):
 @pytest.mark.parametrize("how, said", [
     (dict(frames=8), "8 frames, expected 4 k . 1 .* like 9: change --frames"),
     (dict(height=24), "24 x 16 pixels, expected multiples of 16"),
-    (dict(workers=0), "workers 0, expected more than 0: change --workers"),
+    (dict(workers=0), "workers 0, expected more than 0 .*: change --workers"),
 ])
 def test_settings_that_the_vae_cannot_take(tmp_path, films, how, said):
     """Bug: frames that the VAE drops in silence, latents that the network cannot cut into patches."""

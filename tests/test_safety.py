@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -103,6 +104,105 @@ def test_size_changed_in_an_unfinished_run(tmp_path):
         train.main(config(tmp_path, stage="bidirectional", size="toy_large"))
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of two stages, the second of them stopped after two updates."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    train.main(config(out, stop_after="5"))
+    return out
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of it."""
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def about_changed(checkpoint, **changes):
+    """Change about.json of a checkpoint, and the hash beside it."""
+    text = json.dumps(json.loads((checkpoint / "about.json").read_text()) | changes)
+    (checkpoint / "about.json").write_text(text)
+    hashes = json.loads((checkpoint / "sha256.json").read_text())
+    hashes["about.json"] = hashlib.sha256(text.encode()).hexdigest()
+    (checkpoint / "sha256.json").write_text(json.dumps(hashes))
+
+
+@pytest.mark.parametrize("changes, why", [
+    (dict(stage="bidirectional"), "of stage bidirectional and step 2, expected one of teacher_forcing"),
+    (dict(step=10**6), "step 1000000, expected .* up to step 3"), (dict(step=-4), "step -4, expected"),
+    (dict(step="one"), "without step"), (dict(step=1.5), "without step"), (dict(config=[]), "without config"),
+    (dict(seconds=None), "without seconds")])
+def test_checkpoints_of_another_kind(run, changes, why):
+    """Bug: bidirectional's tensors exported as teacher_forcing's; TypeErrors of Python's."""
+    about_changed(fsdp.newest_intact(run / "teacher_forcing.state"), **changes)
+    with pytest.raises(ValueError, match=why):
+        train.main(config(run, stage="teacher_forcing"))
+
+
+def test_a_finished_stage_is_that_of_its_name_and_data(run):
+    """Bug: renamed weights taken for another stage's; other --data that changes nothing, without a word."""
+    for kind in ("", "_raw"):
+        shutil.copy(run / f"bidirectional{kind}.safetensors", run / f"teacher_forcing{kind}.safetensors")
+    with pytest.raises(ValueError, match="teacher_forcing.safetensors of stage bidirectional"):
+        train.main(config(run, stage="teacher_forcing"))
+    with pytest.raises(ValueError, match="--data random with other clips than .*bidirectional.safetensors"):
+        train.main(config(run, stage="bidirectional", data="random"))
+    with pytest.raises(ValueError, match="--data random, expected no --data"):
+        train.main(config(run, stage="evaluate", data="random"))
+    write_tensors(run / "bidirectional.safetensors", {"x": torch.ones(1)}, {})
+    with pytest.raises(ValueError, match="without the settings it was trained with"):
+        train.main(config(run, stage="bidirectional"))
+
+
+def test_what_a_user_has_put_into_a_run_stays(run):
+    """Bug: folders named as checkpoints or half-written ones deleted; the newest checkpoint forgotten as "1" sorts
+    behind it; notes.writing swept away."""
+    states = run / "teacher_forcing.state"
+    kept = [states / "0" / "thesis.txt", states / "thesis.writing" / "thesis.txt", run / "notes.writing"]
+    for path in kept:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("years of work")
+    shutil.copytree(fsdp.checkpoints(states)[0], states / "1")
+    (states / "\u00b2").mkdir()
+    train.main(config(run, stage="teacher_forcing", keep=1))
+    assert all(path.read_text() == "years of work" for path in kept)
+    assert [path.name for path in fsdp.checkpoints(states)] == ["00000003"] and (states / "1").is_dir()
+
+
+@pytest.mark.parametrize("name, content", [("config.json", '{"my": "own"}'), ("config.json", "text")])
+def test_a_folder_of_somebodys_own(tmp_path, name, content):
+    """Bug: --out in a project's folder, whose config.json is then the run's."""
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{name}"):
+        train.main(config(tmp_path, stage="bidirectional"))
+    assert (tmp_path / name).read_text() == content
+
+
+def test_a_lock_that_is_a_link(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "thesis.txt").write_text("years of work")
+    (tmp_path / "run" / ".in_use").symlink_to(tmp_path / "thesis.txt")
+    with pytest.raises(ValueError, match="--out"):
+        train.main(config(tmp_path / "run", stage="bidirectional"))
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_trajectories_of_a_teacher_that_was_trained_again(tmp_path):
+    """Bug: a student that regresses on the old teacher's trajectories."""
+    cfg = config(tmp_path, trajectories=2, trajectory_grid=16, batch=2)
+    for stage in ("bidirectional", "teacher_forcing", "causal_ode"):
+        train.run_stage(cfg, stage)
+    path = tmp_path / "teacher_forcing.safetensors"
+    tensors, about = read_tensors(path)
+    write_tensors(path, tensors, about | {"saved": about["saved"] + 1})
+    for name in tmp_path.glob("causal_ode*.safetensors"):
+        name.unlink()
+    shutil.rmtree(tmp_path / "causal_ode.state")
+    with pytest.raises(ValueError, match="made with teacher_saved .*expected the same: change --out, or move"):
+        train.run_stage(cfg, "causal_ode")
+
+
 # -- files that sample.py reads and writes ----------------------------------------------------------------------------
 
 def test_samples_replace_nothing_but_samples(tmp_path, student):
@@ -123,6 +223,57 @@ def test_samples_replace_nothing_but_samples(tmp_path, student):
     for name in ("own.webp", "own.mp4", "clip.safetensors"):  # its own it does
         for seed in (0, 1):
             sampled(*words, "--seed", seed, "--out", tmp_path / name)
+
+
+def test_samples_replace_no_data_and_no_unfinished_clip(tmp_path, student, monkeypatch):
+    """Bug: latents or embeddings of another command taken for a sample; NAME-unfinished of somebody, or of a longer
+    try, replaced."""
+    words = ("--weights", student(), "--prompt", "red ball", "--frames", 4)
+    data.write_shard(tmp_path / "0.safetensors", [{"text": torch.ones(1, 4), "caption": ""}])
+    before = (tmp_path / "0.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="--out .*0.safetensors, expected a new name"):
+        sampled(*words, "--out", tmp_path / "0.safetensors")
+    assert (tmp_path / "0.safetensors").read_bytes() == before
+    (tmp_path / "x-unfinished.webp").mkdir()
+    (tmp_path / "x-unfinished.webp" / "notes.txt").write_text("years of work")
+    real, calls = CausalWan.forward, []
+
+    def stopped(*args, **how):
+        calls.append(1)
+        if len(calls) % 8 == 0:
+            raise KeyboardInterrupt
+        return real(*args, **how)
+
+    monkeypatch.setattr(CausalWan, "forward", stopped)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            sampled(*words, "--out", tmp_path / "x.webp")
+    assert {path.name for path in tmp_path.iterdir()} >= {
+        "x-unfinished.webp", "x-unfinished1.webp", "x-unfinished2.webp"}
+    assert (tmp_path / "x-unfinished.webp" / "notes.txt").read_text() == "years of work"
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("words, why", [
+    (("--negative-prompt", "x"), "--negative-prompt x, expected none"), (("--at", "1" * 5000, "blue bar"), "--at 111"),
+    (("--at", 2, "blue bar", "--at", 2, "green ball"), "--at twice at one frame"),
+    (("--prompt", "a fox \udcff"), "expected text in UTF-8"), (("--samples", 10**6), "--samples 1000000, expected")])
+def test_prompts_that_cannot_be(tmp_path, student, words, why):
+    with pytest.raises(ValueError, match=why):
+        sampled("--weights", student(), "--prompt", "red ball", "--frames", 4, "--out", tmp_path / "v", *words)
+
+
+def test_a_folder_with_somebodys_sample_json(tmp_path, student):
+    (tmp_path / "sample.json").write_text('{"my": "notes"}')
+    with pytest.raises(ValueError, match="sample.json, which sample.py has not written"):
+        sampled("--weights", student(), "--prompt", "red ball", "--frames", 2, "--out", tmp_path, "--format", "webp")
+    assert (tmp_path / "sample.json").read_text() == '{"my": "notes"}'
+
+
+@pytest.mark.parametrize("about", [dict(size="toy_v2"), dict(size=["toy"]), dict(config=3)])
+def test_records_that_cannot_be(tmp_path, student, about):
+    with pytest.raises(ValueError, match="change --weights"):
+        sampled("--weights", student(**about), "--prompt", "red ball", "--out", tmp_path / "x.webp")
 
 
 def test_a_folder_of_samples_keeps_no_stale_clip(tmp_path, student):
@@ -262,6 +413,10 @@ def test_names_of_videos_are_no_addresses_and_playlists_no_videos(tmp_path, monk
 
 
 @pytest.mark.parametrize("name, content, why", [
+    ("a.csv", "video,caption\na.mp4,a fox, red\n", "more cells than columns"),
+    ("a.csv", "video,caption\n,a fox\n", "no name"), ("a.csv", f"video,caption\n{'x' * 300},a\n", "no name"),
+    ("a.csv", "video,caption,caption\na.mp4,a,b\n", "its columns are"),
+    ("a.jsonl", '{"video": "a.mp4", "caption": "\\ud83d"}\n', "row 1"),
     ("a.csv", 'video,caption\na.mp4,"an unclosed quote\nb.mp4,a dog\n', "row 1"),
     ("a.csv", "video,caption\n../a.mp4,a dog\n", "'../a.mp4' is outside --videos"),
     ("a.csv", "video,caption\n/etc/a.mp4,a dog\n", "outside --videos"),
@@ -428,12 +583,16 @@ def test_a_failed_save_leaves_nothing_half(tmp_path, monkeypatch):
     "--height 0", "--width -5", "--chunk 0", "--mixed-steps 0", "--rollout-steps 0", "--shortcut-grid 0",
     "--eval-clips 0", "--train-grid 0", "--align-prob 2", "--ema nan", "--clip-norm nan", "--timeout inf",
     "--first-steps 0", "--window -1", "--sink -1", "--critic-steps 0", "--save-every 0", "--keep 0",
-    "--teacher-eval-steps 0", "--dmd-betas nan 0.9", "--lambda-align -1", "--align-margin nan", "--gpu-memory nan"])
+    "--teacher-eval-steps 0", "--dmd-betas nan 0.9", "--lambda-align -1", "--align-margin nan", "--gpu-memory nan",
+    "--stop-after 0", "--out ",
+    "--eval-clips 1000000000", "--precision bf16 --timeout inf", "--precision bf16 --shard-over -1"])
 def test_numbers_that_cannot_be(tmp_path, words):
     """Bug: ZeroDivisionError, a machine that is full, ranks that "disagree: nan and nan"."""
     for more in ("", " --plan") if words.startswith(("--frames", "--gpu")) else ("",):
-        with pytest.raises(ValueError, match=f"got .*{words.split()[0]} .*expected") as e:
-            train.main(train.parse(f"{words}{more} --device cpu --out {tmp_path / 'new'}".split()))
+        flag = [word for word in words.split(" ") if word.startswith("--")][-1]
+        given = ["--out", str(tmp_path / "new"), "--device", "cpu", *words.split(" "), *more.split()]
+        with pytest.raises(ValueError, match=f"got .*{flag} .*expected") as e:
+            train.main(train.parse(given))
         assert "\n" not in str(e.value) and not (tmp_path / "new").exists()
 
 
@@ -445,7 +604,8 @@ def test_numbers_that_cannot_be_in_sampling(tmp_path, student, words):
 
 
 @pytest.mark.parametrize("words", [
-    "bench.py --device cuda", "bench.py --out /proc/x.json", "bench.py --height 3 --size wan_tiny",
+    "bench.py --device cuda", "bench.py --out /proc/x.json", "bench.py --out student.pt", "bench.py --rounds 100000",
+    "bench.py --height 3 --size wan_tiny",
     "wan21.py encode-prompts p.txt o.safetensors --wan . --device cuda",
     "wan21.py prepare --videos . --captions c.csv --out o --wan . --device cuda",
     "wan21.py convert student.pt o --stage causal_cd --chunk 5", "wan21.py convert student.pt o --stage nonsense",
