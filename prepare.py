@@ -231,7 +231,7 @@ def read_captions(path) -> list[tuple[str, str]]:
                     raise ValueError(f"it is {str(row)[:80]}")
                 if None in row:
                     raise ValueError(f"it has more cells than columns, {row[None]}: a comma outside of quotes?")
-                (row["video"] + (row["caption"] or "")).encode()  # JSON can hold halves of characters, which no file takes
+                (row["video"] + (row["caption"] or "")).encode()  # JSON can hold halves of characters
                 name = PurePosixPath(row["video"].strip())
                 inside = not name.is_absolute() and ".." not in name.parts and name != PurePosixPath(".")
                 if not inside or "\0" in str(name) or max(len(part.encode()) for part in name.parts) > 255:
