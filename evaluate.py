@@ -48,7 +48,20 @@ def as_trained(cfg, stage):
     """cfg with every setting that shaped a finished stage as it was then."""
     then = record_of(path_of(cfg, stage))["config"]
     shaped = {f.name: then[f.name] for f in fields(cfg) if f.metadata["affects"] != "none" and f.name in then}
-    return replace(cfg, **{k: tuple(v) if isinstance(v, list) else v for k, v in shaped.items()})
+    shaped = {k: tuple(v) if isinstance(v, list) else v for k, v in shaped.items()}
+    for name, value in shaped.items():
+        if not alike(value, getattr(cfg, name)):
+            raise ValueError(f"got {path_of(cfg, stage)} with the setting {name} {str(value)[:40]}, expected such as "
+                             f"{getattr(cfg, name)}: change --out, or train the stage again")
+    return replace(cfg, **shaped)
+
+
+def alike(a, b) -> bool:
+    """Whether two settings are of one kind: numbers, texts, yes or no, or lists of such."""
+    if isinstance(b, tuple):
+        return isinstance(a, tuple) and len(a) > 0 and all(alike(x, b[0]) for x in a)
+    kinds = (bool, int | float, str)
+    return next(isinstance(a, kind) for kind in kinds if isinstance(b, kind))
 
 
 @torch.no_grad()

@@ -232,8 +232,9 @@ def run_command(main: Callable, stopped: str, *errors: type) -> None:
     except Exception as e:
         if os.environ.get("TRACEBACK"):
             raise
-        sys.exit(f"unexpected {type(e).__name__}: {printable(str(e).strip())[:300]}\nIf flags and files are as README "
-                 "says, this is an error of ours: the same command with TRACEBACK=1 before it says where")
+        first_line = printable((str(e).strip() or "-").splitlines()[0])[:300]
+        sys.exit(f"unexpected {type(e).__name__}: {first_line}\nIf flags and files are as README says, it is an error "
+                 "of ours: the same command with TRACEBACK=1 before it says where")
 
 
 def printable(text: str) -> str:

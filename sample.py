@@ -257,7 +257,7 @@ def check_out(args):
     """ValueError if --out would replace what this command reads, or a file that it has not made."""
     inputs = [args.weights, args.image, args.clip, args.prompts, args.prompt_embeds, args.wan]
     for path in filter(None, inputs):
-        need(path.resolve() != args.out.resolve(), args, "out", f"another place than that of the input {path}")
+        need(os.path.realpath(path) != os.path.realpath(args.out), args, "out", f"another place than that of {path}")
     if args.out.suffix:
         need(not args.out.is_dir(), args, "out", "a file, but there is a folder of that name: change --out")
         need(not args.out.exists() or is_ours(args.out), args, "out", "a new name, or that of a clip that sample.py "

@@ -215,6 +215,9 @@ def test_samples_replace_nothing_but_samples(tmp_path, student):
     clip, = sampled(*words, "--out", tmp_path / "clip.safetensors")
     before = {path: path.read_bytes() for path in (weights, picture, theirs, clip)}
     (tmp_path / "dir.webp").mkdir()
+    (tmp_path / "loop.webp").symlink_to(tmp_path / "loop.webp")
+    with pytest.raises((ValueError, OSError)):
+        sampled(*words, "--out", tmp_path / "loop.webp" / "x.webp")
     for out, more in ((weights, ()), (picture, ("--image", picture)), (clip, ("--continue", clip)), (theirs, ()),
                       (student(tmp_path / "salt.safetensors"), ()), (tmp_path / "dir.webp", ())):
         with pytest.raises(ValueError, match=f"--out {out}, expected "):
@@ -470,6 +473,16 @@ def test_checkpoints_with_odd_records(tmp_path, name, content):
         (checkpoint / "sha256.json").write_text(json.dumps(hashes))
     with pytest.raises(ValueError, match=name):
         train.main(config(tmp_path, stage="bidirectional"))
+
+
+@pytest.mark.parametrize("name, value", [("frames", "four"), ("mixed_steps", ["x"]), ("mixed_steps", []),
+                                         ("chunk", None)])
+def test_settings_of_another_kind_in_a_record(run, name, value):
+    path = run / "bidirectional.safetensors"
+    tensors, about = read_tensors(path)
+    write_tensors(path, tensors, about | {"config": about["config"] | {name: value}})
+    with pytest.raises(ValueError, match=f"bidirectional.safetensors with the setting {name} "):
+        train.main(config(run, stage="evaluate"))
 
 
 @pytest.mark.parametrize("content", ["null", "{}", "[3]", "[" * 50_000, '[{"stage": "bidirectional"}]'])
