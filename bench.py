@@ -113,7 +113,7 @@ def main(args) -> list[dict]:
         about = {"size": args.size, "device": args.device, "card": card, "torch": torch.__version__,
                  "compile": args.compile, "rounds": args.rounds, "shape": shape, "rows": rows}
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_text(args.out, json.dumps(about, indent=1))
+        write_text(args.out, json.dumps(about, indent=1), one_of_many=True)
     return rows
 
 

@@ -232,6 +232,9 @@ def run_command(main: Callable, stopped: str, *errors: type) -> None:
     except Exception as e:
         if os.environ.get("TRACEBACK"):
             raise
+        if "allocate memory" in str(e):
+            sys.exit("MemoryError: got no memory for this, expected less to be asked for: a smaller --batch, --frames, "
+                     "--height or --width, more --accum, or --checkpointing")
         first_line = printable((str(e).strip() or "-").splitlines()[0])[:300]
         sys.exit(f"unexpected {type(e).__name__}: {first_line}\nIf flags and files are as README says, it is an error "
                  "of ours: the same command with TRACEBACK=1 before it says where")
