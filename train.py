@@ -505,9 +505,12 @@ def same_on_all_ranks(cfg):
 
 def check_folder(out):
     """ValueError if a folder holds files that a run would replace and that no run has left."""
-    path = out / "config.json"
-    if path.exists() and not {"stage", "seed", "out"} <= read_json(path, "that of a run: change --out").keys():
-        raise ValueError(f"got --out {out} with a config.json that no run has left, expected a folder of a run, or a "
+    path, metrics = out / "config.json", out / "metrics.jsonl"
+    foreign = path.exists() and not {"stage", "seed", "out"} <= read_json(path, "that of a run: change --out").keys()
+    if metrics.is_file() and metrics.stat().st_size and not any("stage" in line for line in readable_lines(metrics)):
+        path, foreign = metrics, True
+    if foreign:
+        raise ValueError(f"got --out {out} with a {path.name} that no run has left, expected a folder of a run, or a "
                          "new one: change --out")
 
 

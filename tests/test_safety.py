@@ -170,7 +170,8 @@ def test_what_a_user_has_put_into_a_run_stays(run):
     assert [path.name for path in fsdp.checkpoints(states)] == ["00000003"] and (states / "1").is_dir()
 
 
-@pytest.mark.parametrize("name, content", [("config.json", '{"my": "own"}'), ("config.json", "text")])
+@pytest.mark.parametrize("name, content", [("config.json", '{"my": "own"}'), ("config.json", "text"),
+                                           ("metrics.jsonl", "my notes\n"), ("metrics.jsonl", '{"my": "own"}\n')])
 def test_a_folder_of_somebodys_own(tmp_path, name, content):
     """Bug: --out in a project's folder, whose config.json is then the run's."""
     (tmp_path / name).write_text(content)
