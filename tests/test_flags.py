@@ -197,8 +197,9 @@ OTHER = dict(  # another value of every flag that shapes weights, and of some th
     lambda_sc=0.9, lambda_align=0.9, lambda_gan=0.9, lambda_scfm=0.9, lambda_rcm=0.9, align_warmup=1.0, align_prob=0.1,
     align_margin=0.0, align_depth=0.5, align_features="critic", sc_through="both", seed=5, longer=0.05,
     init="causal_ode", save_every=7, keep=9, sheet_every=3, stop_after="9", checkpointing=True, eval_seed=3)
-WITH_STUB = ("bidirectional", "teacher_forcing", "causal_cd", "pcm", "scfm", "sc_dmd_gan", "dmd4_scfm",
-             "rcm", "self_forcing", "salt")
+WITH_STUB = ("bidirectional", "teacher_forcing", "causal_cd", "salt")
+OF_ONE = {"phases": "pcm", "shortcut_grid": "dmd4_scfm", "train_grid": "sc_dmd_gan", "lambda_gan": "sc_dmd_gan",
+          "lambda_scfm": "dmd4_scfm", "lambda_rcm": "rcm", "rollout_steps": "self_forcing"}  # stages read these alone
 
 
 def shaped(home, out, stage, **changes):  # noqa: F811
@@ -214,7 +215,8 @@ def shaped(home, out, stage, **changes):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def base(home, tmp_path_factory):  # noqa: F811
-    return {stage: shaped(home, tmp_path_factory.mktemp("base") / stage, stage) for stage in WITH_STUB}
+    return {stage: shaped(home, tmp_path_factory.mktemp("base") / stage, stage)
+            for stage in {*WITH_STUB, *OF_ONE.values(), "scfm"}}
 
 
 @pytest.mark.parametrize("flag", OTHER)
@@ -224,7 +226,7 @@ def test_what_shapes_weights_is_recorded_as_doing_so(home, base, tmp_path, flag)
     affects, changed = set(train.Config.__dataclass_fields__[flag].metadata["affects"].split()), set()
     if affects == {"each"}:
         affects = set(stages.KINDS)
-    for stage in WITH_STUB:
+    for stage in (*WITH_STUB, *([OF_ONE[flag]] if flag in OF_ONE else ()), *(["scfm"] * (flag == "shortcut_grid"))):
         if flag == "init" and TABLE[stage].kind != "dmd":
             continue
         try:
