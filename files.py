@@ -13,6 +13,8 @@ import re
 import signal
 import socket
 import sys
+import tempfile
+import traceback
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -84,9 +86,8 @@ def write_json(path: Path, content, one_of_many=False) -> None:
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict | None = None, checked=True) -> None:
     """Write a safetensors file, in the tensors' dtypes. about: JSON for its header; with a checksum of all tensors, if
     checked; None: a file for other programs."""
-    # clone: safetensors refuses tensors that share memory, as one text for two clips does
     held = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    if len({v.untyped_storage().data_ptr() for v in held.values()}) < len(held):
+    if len({v.data_ptr() for v in held.values()}) < len(held):  # as one text for two clips, which safetensors refuses
         held = {k: v.clone() for k, v in held.items()}
     if about is not None and checked:
         about = about | {CHECKSUM: checksum(*(held[k] for k in sorted(held)))}
@@ -230,14 +231,22 @@ def run_command(main: Callable, stopped: str, *errors: type) -> None:
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr)
     except Exception as e:
-        if os.environ.get("TRACEBACK"):
-            raise
-        if "allocate memory" in str(e):
-            sys.exit("MemoryError: got no memory for this, expected less to be asked for: a smaller --batch, --frames, "
-                     "--height or --width, more --accum, or --checkpointing")
         first_line = printable((str(e).strip() or "-").splitlines()[0])[:300]
-        sys.exit(f"unexpected {type(e).__name__}: {first_line}\nIf flags and files are as README says, it is an error "
-                 "of ours: the same command with TRACEBACK=1 before it says where")
+        if isinstance(e, torch.OutOfMemoryError) or "allocate memory" in str(e):
+            sys.exit(f"OutOfMemoryError: {first_line}\nexpected less: a smaller --batch, --frames, --height or --width, "
+                     "more --accum, or --checkpointing")
+        sys.exit(f"unexpected {type(e).__name__}: {first_line}\nIf flags and files are as README says, this is an "
+                 f"error in the code. {where_it_was()}")
+
+
+def where_it_was() -> str:
+    """Keep the traceback of the error at hand: the command may have run for hours before. Returns where it is."""
+    path = Path(tempfile.gettempdir()) / f"traceback-{os.getpid()}.txt"
+    try:
+        path.write_text(traceback.format_exc())
+    except OSError:
+        return traceback.format_exc()
+    return f"Its traceback: {path}"
 
 
 def printable(text: str) -> str:

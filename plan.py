@@ -92,15 +92,15 @@ class Needs:
 def needs(cfg, stage) -> Needs:
     """What a stage needs. All blocks are alike, so everything grows evenly with their number: two dry runs, of networks
     of 4 and of 6 blocks, tell what as many as there are need."""
-    deep = SIZES[cfg.teacher_size or cfg.size].num_layers, SIZES[cfg.size].num_layers
-    if min(deep) <= 6 or cfg.teacher_size not in ("", cfg.size):
+    deep = SIZES[cfg.size].num_layers
+    if deep <= 6 or cfg.teacher_size not in ("", cfg.size):  # a teacher of another size has blocks of its own
         return dry_run(cfg, stage)
     shallow = []
     for layers in (4, 6):
         with mock.patch.dict(SIZES, {cfg.size: replace(SIZES[cfg.size], num_layers=layers)}):
             shallow.append(dry_run(cfg, stage))
     four, six = (astuple(n) for n in shallow)
-    return Needs(*(a + (b - a) * (deep[1] - 4) // 2 for a, b in zip(four, six)))
+    return Needs(*(a + (b - a) * (deep - 4) // 2 for a, b in zip(four, six)))
 
 
 def dry_run(cfg, stage) -> Needs:

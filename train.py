@@ -30,6 +30,7 @@ import sys
 import time
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -162,7 +163,7 @@ class Config:
         return max(1, round(getattr(self, f"{kind}_steps") * self.longer))
 
 
-LEAST = 1e-12  # of what must be above 0
+ABOVE_0, BELOW_1 = 1e-12, 1 - 1e-12
 RANGES = [  # flags, their least, their most: beyond it is a slip of the hand, or would fill a machine
     ("save_every sheet_every keep", 1, 10**9), ("batch accum eval_clips trajectories phases", 1, 10**6),
     ("bidirectional_steps teacher_forcing_steps trajectory_steps dmd_steps", 1, 10**9),
@@ -171,29 +172,31 @@ RANGES = [  # flags, their least, their most: beyond it is a slip of the hand, o
     ("trajectory_grid shortcut_grid", 2, 10**5), ("seed eval_seed", 0, 2**63 - 1),
     ("skip_nonfinite shard_over dmd_ema_start window sink", 0, 10**9),
     ("longer shift train_shift score_shift clip_norm timeout gpu_memory critic_lr bidirectional_lr "
-     "teacher_forcing_lr trajectory_lr dmd_lr", LEAST, 1e9),
+     "teacher_forcing_lr trajectory_lr dmd_lr", ABOVE_0, 1e9),
     ("lambda_sc lambda_align lambda_gan lambda_scfm lambda_rcm align_margin", 0.0, 1e9),
     ("guidance score_guidance", -1e3, 1e3), ("align_warmup align_prob mixed_probs", 0.0, 1.0),
-    ("align_depth", LEAST, 1.0), ("ema trajectory_ema dmd_ema prompt_dropout", 0.0, 1 - LEAST),
-    ("teacher_betas trajectory_betas dmd_betas", 0.0, 1 - LEAST)]
+    ("align_depth", ABOVE_0, 1.0), ("ema trajectory_ema dmd_ema prompt_dropout", 0.0, BELOW_1),
+    ("teacher_betas trajectory_betas dmd_betas", 0.0, BELOW_1)]
 
 
-def need_of(cfg):
-    def need(ok, name, expected):
-        if not ok:
-            got = ", ".join(f"--{n.replace('_', '-')} {getattr(cfg, n)}"[:200] for n in name.split())
-            raise ValueError(f"got {got}, expected {expected}")
-    return need
+def demand(cfg, ok, names, expected):
+    """ValueError, naming what was got for these flags and what was expected, unless all is ok."""
+    if not ok:
+        got = ", ".join(f"--{name.replace('_', '-')} {getattr(cfg, name)}"[:200] for name in names.split())
+        raise ValueError(f"got {got}, expected {expected}")
 
 
 def check_numbers(cfg: Config):
     """ValueError for a number that cannot be, before anything is done with it."""
-    need = need_of(cfg)
+    need = partial(demand, cfg)
     for names, low, high in RANGES:
+        kind = "a whole number" if isinstance(low, int) else "a number"
+        least = "above 0" if low == ABOVE_0 else f"from {low:g} on"
+        most = "below 1" if high == BELOW_1 else f"up to {high:g}"
         for name in names.split():
             values = getattr(cfg, name)
             need(all(low <= x <= high for x in (values if isinstance(values, tuple) else (values,))), name,
-                 f"{'a whole number' if isinstance(low, int) else 'a number'} from {low:g} to {high:g}")
+                 f"{kind} {least}, {most}")
     need(re.fullmatch(r"(0*[1-9]\d{0,8}[smh]?)?", cfg.stop_after), "stop_after", "a number of updates, or a time such "
          "as 30m")
     need(cfg.out and len(cfg.out) < 3000 and cfg.out.isprintable(), "out", "the name of a folder")
@@ -201,7 +204,7 @@ def check_numbers(cfg: Config):
 
 def check(cfg: Config):
     """ValueError for a setting that could only fail later."""
-    need = need_of(cfg)
+    need = partial(demand, cfg)
     check_numbers(cfg)
 
     def power_of_two(n):

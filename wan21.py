@@ -127,10 +127,11 @@ def read_weights(path: Path, part: str = "") -> tuple[dict[str, Tensor], dict]:
 
 
 def digest(path: Path) -> str:
-    """A short hex string of the files of weights that a path stands for: of their names, sizes, and first and last
-    megabyte, in which other weights differ. It takes no time, whatever their size."""
-    path = Path(path)
-    files, found = sorted(path.rglob("*.safetensors*")) if path.is_dir() else [path], hashlib.sha256()
+    """A short hex string of a file, or of the weights or pictures in a folder: of their names, sizes, and first and
+    last megabyte, in which other weights differ. It takes no time, whatever their size."""
+    path, found = Path(path), hashlib.sha256()
+    kinds = (".safetensors", ".png", ".jpg", ".jpeg", ".webp")
+    files = sorted(file for file in path.rglob("*") if file.suffix in kinds) if path.is_dir() else [path]
     for file in files:
         size = file.stat().st_size
         with open(file, "rb") as f:
@@ -382,10 +383,8 @@ def convert(src: Path, out: Path, layout: str, size: str, stage="bidirectional",
     if layout == "own" and found["layout"] == "own":
         raise ValueError(f"got {src}, a file of this project, expected another's with --layout own: copy it and its "
                          "_raw file into OUT, or change --layout")
-    if dtype:
-        for name in weights:
-            weights[name] = weights[name].to(dtype)
-            check_finite({name: weights[name]}, f"{src} as {dtype}")
+    for name in weights if dtype else ():  # one at a time: what is written is cast a shard at a time
+        check_finite({name: weights[name].to(dtype)}, f"{src} as {dtype}")
     if out.exists() and not out.is_dir() or out.is_symlink() and not out.exists():
         raise ValueError(f"got OUT {out}, expected a folder, not a file or a broken link: change OUT")
     try:

@@ -682,3 +682,18 @@ def test_sigterm_ends_every_command_with_code_0(tmp_path, student, command):
     _, err = run.communicate(timeout=60)
     assert run.returncode == 0 and seen and err.splitlines()[-1].startswith("stopped"), err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("error, said", [
+    ("RuntimeError('mat1 and mat2 cannot be multiplied')", "unexpected RuntimeError: mat1 and mat2 cannot"),
+    ("torch.OutOfMemoryError('CUDA out of memory. Tried')", "OutOfMemoryError: CUDA out of memory")])
+def test_the_traceback_of_an_error_in_the_code_is_kept(tmp_path, error, said):
+    """Bug: hours of a run, and then no word of the line where somebody's change has failed."""
+    script = (f"import sys, torch\nsys.path.insert(0, {str(ROOT)!r})\nfrom files import run_command\n"
+              f"def my_change():\n    raise {error}\nrun_command(my_change, 'stopped')")
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100,
+                         env=os.environ | {"TMPDIR": str(tmp_path)})
+    assert ran.returncode == 1 and ran.stderr.startswith(said) and len(ran.stderr.splitlines()) == 2
+    if said.startswith("unexpected"):
+        (kept,) = tmp_path.iterdir()
+        assert str(kept) in ran.stderr and "in my_change" in kept.read_text()
