@@ -233,8 +233,8 @@ def run_command(main: Callable, stopped: str, *errors: type) -> None:
     except Exception as e:
         first_line = printable((str(e).strip() or "-").splitlines()[0])[:300]
         if isinstance(e, torch.OutOfMemoryError) or "allocate memory" in str(e):
-            sys.exit(f"OutOfMemoryError: {first_line}\nexpected less: a smaller --batch, --frames, --height or --width, "
-                     "more --accum, or --checkpointing")
+            sys.exit(f"OutOfMemoryError: {first_line}\nexpected less: a smaller --batch, --frames, --height or "
+                     "--width, more --accum, or --checkpointing")
         sys.exit(f"unexpected {type(e).__name__}: {first_line}\nIf flags and files are as README says, this is an "
                  f"error in the code. {where_it_was()}")
 
