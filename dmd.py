@@ -9,7 +9,7 @@ Their difference is the gradient of the KL divergence (Salt Eq. 4, CF++ Eq. 6):
 
 With s = -eps_hat / t and x_0 = x_t - t v, s_fake - s_real = (1 - t) (x0_fake - x0_real) / t^2, and dx_t/dx_0 = 1 - t:
 `kl_gradient` is Eq. 4 to the letter. In practice its factor of t is replaced by one number per sample, 1 / mean|x_0 -
-x0_real|, so that all times pull equally hard (`dmd_gradient`):
+x0_real|, so that all timesteps pull equally hard (`dmd_gradient`):
 
     grad = (x0_fake - x0_real) / mean|x_0 - x0_real|
     L    = 1/2 mean || x_0 - sg(x_0 - grad) ||^2           so that dL/dx_0 = grad / numel
@@ -21,37 +21,33 @@ clean past of real clips: the same functions with the layout chunk=n, clean=x_gt
 
 Both score models are callables net(x, t, text) -> velocity. The teacher is guided (flowmap.Guided), the critic is not.
 
-The adversarial variant (Salt's 'Ours-alpha', after DMD2) adds a discriminator: a small head on the critic's features
-that tells noised real clips from noised generated ones. Salt says no more than 'an extra discriminator'; ours follows
-DMD2, with a logit per token and the critic's middle block.
-
 Where we differ from the public code, and why
-  - Times are used as they are, everywhere (the public code looks its sigma up in a table made with another shift).
+  - Timesteps are used as they are, everywhere (the public code looks sigma up in a table made with another shift).
   - No nan_to_num: a non-finite loss stops the run with its step (train.py).
   - Guidance is v_u + w (v_c - v_u); the public `guidance_scale: 3.0` of DMD is w = 4 here.
-  - The shift of the times is its own setting (public code: 5, as for Wan). On pictures of 10 x 10 pixels shift 5
-    compares the scores where nearly nothing of the picture is left; README says what that costs.
+  - The shift of the timesteps is its own setting (public code: 5, as for Wan). On frames of 10 x 10 pixels shift 5
+    compares the scores where nearly nothing of the frame is left; docs/results.md says what that costs.
 """
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from flowmap import add_noise, like, to_x0, warp
+from flowmap import add_noise, expand_like, shift_timesteps, to_x0
 
 
 def score_times(batch: int, frames: int, shift: float, g: torch.Generator) -> Tensor:
-    """Times at which the scores are compared, one per clip, `batch frames`: warp(u), u uniform where it gives [.02,
-    .98] (the range is DMD2's; the public code clamps to it, so that at shift 5 nine draws in a hundred are .98)."""
-    low, high = warp(0.02, 1 / shift), warp(0.98, 1 / shift)  # warp(.; 1 / s) undoes warp(.; s)
-    return warp(low + (high - low) * torch.rand(batch, 1, generator=g), shift).expand(batch, frames)
+    """Timesteps at which the scores are compared, one per clip, `batch frames`: shifted u, where u is uniform over what
+    lands in [.02, .98] (the range is DMD2's; the public code clamps to it, so that at shift 5 9 % of draws are .98)."""
+    low, high = (shift_timesteps(t, 1 / shift) for t in (0.02, 0.98))  # a shift of 1 / s undoes one of s
+    return shift_timesteps(low + (high - low) * torch.rand(batch, 1, generator=g), shift).expand(batch, frames)
 
 
 def kl_gradient(x0_fake: Tensor, x0_real: Tensor, t) -> Tensor:
     """Salt Eq. 4 for one clip and one t: (s_fake - s_real) dx_t/dx_0 = ((1 - t) / t)^2 (x0_fake - x0_real). Its mean
     over clips, noise and t is the gradient of E_t KL(p_fake,t || p_real,t) by x_0. All `b f c h w`."""
-    t = like(t, x0_fake)
-    return ((1 - t) / t) ** 2 * (x0_fake - x0_real)
+    t = expand_like(t, x0_fake)
+    return ((1 - t) / t) ** 2 * (x0_fake - x0_real)                                                        # Salt Eq. 4
 
 
 def dmd_gradient(x0: Tensor, x0_fake: Tensor, x0_real: Tensor) -> Tensor:
@@ -95,33 +91,3 @@ def critic_loss(critic, x0: Tensor, text: Tensor, t: Tensor, eps: Tensor, **layo
     quarter = F.one_hot((4 * t[:, 0]).long().clamp(0, 3), 4).to(error)
     loss = error.mean()
     return loss, {"critic": loss.detach(), "critic_t_sum": error.detach() @ quarter, "critic_t_count": quarter.sum(0)}
-
-
-class Discriminator(nn.Module):
-    """Real or generated? Features of the critic, tokens `b f s d`, to logits `b f s`."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 1))
-
-    @torch.no_grad()
-    def init_weights(self, seed: int):
-        """Random weights from their own generator."""
-        g = torch.Generator().manual_seed(seed)
-        for layer in (self.head[1], self.head[3]):
-            layer.weight.copy_(torch.randn(layer.weight.shape, generator=g) / layer.in_features**0.5)
-            layer.bias.zero_()
-        return self
-
-    def forward(self, features):
-        return self.head(features.float())[..., 0]
-
-
-def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Of logits on real and on generated clips: -log sigmoid(real) - log sigmoid(-fake), the mean."""
-    return F.softplus(-real).mean() + F.softplus(fake).mean()
-
-
-def adversarial_loss(fake: Tensor) -> Tensor:
-    """The generator's: -log sigmoid of the logits on its clips (non-saturating)."""
-    return F.softplus(-fake).mean()

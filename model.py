@@ -12,7 +12,7 @@ v = dx_t/dt = eps - x_0 (`b f c h w`). One set of weights serves four layouts, a
     v = net(x, t, text, cache=cache, clean=x0)              both in one forward: commit x0, then predict the next chunk
 
 Teacher forcing and rollout are the same computation: run chunk by chunk with its clean past in the cache, the
-network returns what teacher forcing returns for all chunks at once (tests/test_model.py proves it).
+network returns what teacher forcing returns for all chunks at once (tests/equations/test_model.py proves it).
 
 No mask is ever built. For chunk i, the clean and the noisy stream attend to the same clean past; they are stacked on
 the batch axis and attention is called once per chunk on [past | own chunk]. That is dense attention at exactly the
@@ -22,7 +22,8 @@ Parameter names and shapes are those of the official Wan 2.1 state dict, so `loa
 loader.
 
 Glossary   b batch, f frames, c h w latent channels, height, width; n tokens; d model width; nh heads; dh head width.
-           t is in [0, 1], 1 = noise; Wan's 1000 appears only inside the time embedding.
+           t is in [0, 1], 1 = noise; Wan's 1000 appears only inside the time embedding. x `b f c h w`; t `b f`, or a
+           float for all frames; text `b l d`, or a flowmap.Condition.
 
 Where we differ from the public causal code, and why
   - A forward only reads the cache, and what it reads carries no gradient: gradients stop at the chunk boundary. (In
@@ -43,6 +44,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from flowmap import per_frame, twice, words_and_rows
 
 
 def check_window(window, sink, chunk):
@@ -69,9 +72,11 @@ class WanConfig:
     freq_dim: int = 256  # width of the sinusoidal embedding of t
     text_dim: int = 4096
     text_len: int = 512
+    row_dim: int = 0  # numbers that the network is told of each frame, besides the text
     eps: float = 1e-6
     window: int | None = None  # frames a frame may see, its own chunk included; None: all
     sink: int = 0  # of these, how many are the first frames of the clip
+    family: str = "wan2.1"  # whose latents and text it is made for: a record of wan21/families.py
 
     def __post_init__(self):
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
@@ -82,14 +87,15 @@ class WanConfig:
 
 
 SIZES = {
-    # 4 tokens of 5 x 5 RGB pixels per 10 x 10 frame, prompts of two words: see data.py
+    # 4 tokens of 5 x 5 RGB pixels per 10 x 10 frame, prompts of two words: see worlds/toy.py
     "toy": WanConfig(dim=128, ffn_dim=512, num_heads=8, num_layers=4, in_dim=3, patch_size=(1, 5, 5), freq_dim=64,
-                     text_dim=16, text_len=2),
+                     text_dim=16, text_len=2, family="toy"),
     "toy_large": WanConfig(dim=192, ffn_dim=768, num_heads=8, num_layers=6, in_dim=3, patch_size=(1, 5, 5), freq_dim=64,
-                           text_dim=16, text_len=2),  # a teacher for --teacher-size
+                           text_dim=16, text_len=2, family="toy"),  # a teacher for --teacher-size
     "wan_tiny": WanConfig(dim=192, ffn_dim=768, num_heads=4, num_layers=4),  # Wan's latents and text, to try things out
     "wan1.3b": WanConfig(),
     "wan14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
+    "wan2.2-5b": WanConfig(dim=3072, ffn_dim=14336, num_heads=24, in_dim=48, family="wan2.2"),
 }
 
 
@@ -168,17 +174,17 @@ class Cache:
         self.frames: list[int] = []
         self.next_frame = 0
 
-    def seen_by(self, *chunks: int) -> list[list[int]]:
+    def visible_frames(self, *chunks: int) -> list[list[int]]:
         """What each of the next chunks, of so many frames, sees, its own frames included. Frames are numbered from the
         oldest one held on, the new ones last."""
-        sights, sight, first = [], list(range(len(self.frames))), len(self.frames)
+        visible_to, held, first = [], list(range(len(self.frames))), len(self.frames)
         for n in chunks:
             check_window(self.window, self.sink, n)
-            past = [sight[i] for i in visible(len(sight), n, self.window, self.sink)]
-            sight = [*past, *range(first, first + n)]
+            past = [held[i] for i in visible(len(held), n, self.window, self.sink)]
+            held = [*past, *range(first, first + n)]
             first += n
-            sights.append(sight)
-        return sights
+            visible_to.append(held)
+        return visible_to
 
     def positions(self, new: int) -> list[int]:
         """Of the frames held, and of so many new ones."""
@@ -187,7 +193,7 @@ class Cache:
     def write(self, keys: list[Tensor], values: list[Tensor], frames: int):
         """Add a chunk of `frames` frames, per layer `b (f s) nh dh`; forget what it did not see, so that memory stays
         flat."""
-        (keep,) = self.seen_by(frames)
+        (keep,) = self.visible_frames(frames)
 
         def kept(held, new):
             both = [*held, *new]
@@ -281,6 +287,8 @@ class CausalWan(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
         self.head = Head(c)
+        if c.row_dim:
+            self.row_embedding = nn.Linear(c.row_dim, c.dim)
         self.checkpointing = False  # recompute each block in the backward pass: little memory, a third more compute
 
     def compile_blocks(self):
@@ -320,19 +328,20 @@ class CausalWan(nn.Module):
         self.load_state_dict(dict(self.random_weights(seed)))
         return self
 
-    def forward(self, x, t, text, *, chunk=None, clean=None, cache=None, commit=False, until=None) -> Tensor:
+    def forward(self, x, t, text, *, chunk=None, clean=None, cache=None, commit=False, num_blocks=None) -> Tensor:
         """Predict the velocity eps - x_0 of noisy latents.
 
-        x: `b f c h w`. t: `b f`, in [0, 1]. text: `b l text_dim`, zero-padded to text_len (padding is not masked, as
-        in Wan). chunk: frames per chunk, for the causal layouts. clean: `b f c h w`, the clean clip, for teacher
-        forcing. cache: the past, for a rollout; x is then the next chunk. With both, clean `b n c h w` is the chunk
-        before x, finished but not in the cache yet: it is committed on the way (at t = 0, without gradient). commit:
-        write x's keys and values into the cache (used by `append`). until: stop after that many blocks and return
-        their tokens `b f s d` instead, the features that align.py compares.
+        x: `b f c h w`. t: `b f` or a float, in [0, 1]. text: `b l text_dim`, zero-padded to text_len (padding is not
+        masked, as in Wan), or a flowmap.Condition with rows `b f row_dim`, which are added to the embedding of t.
+        chunk: frames per chunk, for the causal layouts. clean: `b f c h w`, the clean clip, for teacher forcing.
+        cache: the past, for a rollout; x is then the next chunk. With both, clean `b n c h w` is the chunk before x,
+        finished but not in the cache yet: it is committed in the same forward (at t = 0, without gradient), and rows
+        are of all n + f frames. commit: write x's keys and values into the cache (used by `append`). num_blocks: stop
+        after that many blocks and return their tokens `b f s d` instead, the features that align.py compares.
         Returns `b f c h w` like x. Raises ValueError on shapes that do not fit.
         """
-        c = self.config
-        self._check(x, t, text, chunk, clean, cache, commit)
+        c, t, (words, rows) = self.config, per_frame(t, x), words_and_rows(text)
+        self._check(x, t, words, rows, chunk, clean, cache, commit)
         b, f, _, height, width = x.shape
         _, ph, pw = c.patch_size
         h, w = height // ph, width // pw
@@ -340,7 +349,8 @@ class CausalWan(nn.Module):
         if before:
             x, t = torch.cat([clean, x], dim=1), torch.cat([t.new_zeros(b, before), t], dim=1)
         elif clean is not None:  # two streams, [clean | noisy], on the batch axis
-            x, t, text = torch.cat([clean, x]), torch.cat([torch.zeros_like(t), t]), torch.cat([text, text])
+            x, t = torch.cat([clean, x]), torch.cat([torch.zeros_like(t), t])
+            words, rows = words_and_rows(twice(text))
 
         written, to_write = [], f * h * w if commit else before * h * w
         if cache is not None:
@@ -353,9 +363,11 @@ class CausalWan(nn.Module):
         dtype, tokens = self.patch_embedding.weight.dtype, rearrange(x, "b f c h w -> b c f h w")
         tokens = rearrange(self.patch_embedding(tokens.to(dtype)), "b d f h w -> b (f h w) d")
         time = self.time_embedding(sinusoid(t, c.freq_dim).to(dtype))  # (b f d)
+        if c.row_dim:
+            time = time + self.row_embedding(rows.to(dtype))
         time6 = self.time_projection(time).unflatten(-1, (6, -1))  # (b f 6 d)
-        text = self.text_embedding(text.to(dtype))
-        for layer, block in enumerate(self.blocks[:until]):
+        text = self.text_embedding(words.to(dtype))
+        for layer, block in enumerate(self.blocks[:num_blocks]):
             def attend(q, k, v, layer=layer):
                 if to_write:
                     own = (z[:, :to_write].detach() for z in (k, v))
@@ -371,7 +383,7 @@ class CausalWan(nn.Module):
             tokens, time = tokens[:, to_write:], time[:, before:]
         elif clean is not None:
             tokens, time = tokens[b:], time[b:]
-        if until is not None:
+        if num_blocks is not None:
             return tokens.unflatten(1, (f, -1))
         v = rearrange(self.head(tokens, time), "b (f h w) (p q c) -> b f c (h p) (w q)", f=f, h=h, p=ph, q=pw)
         return v.to(x.dtype)
@@ -385,7 +397,7 @@ class CausalWan(nn.Module):
     def append(self, cache: Cache, x0: Tensor, text: Tensor) -> None:
         """Commit a finished chunk x0 `b f c h w` to the cache: one forward at t = 0, no gradient."""
         t = torch.zeros(x0.shape[:2], device=x0.device)
-        self(x0, t, text, cache=cache, commit=True, until=self.config.num_layers)  # the head is not needed
+        self(x0, t, text, cache=cache, commit=True, num_blocks=self.config.num_layers)  # the head is not needed
 
     # -- the layouts -------------------------------------------------------------------------------------------------
 
@@ -420,10 +432,10 @@ class CausalWan(nn.Module):
     def _cached(self, cache, chunks, h, w, device):
         """A chunk on [past | own]. Of two chunks, the first is past to the second, and carries no gradient."""
         s, earlier, positions = h * w, sum(chunks[:-1]), cache.positions(sum(chunks))
-        sights, tokens = cache.seen_by(*chunks), [n * s for n in chunks]
+        frames_seen, tokens = cache.visible_frames(*chunks), [n * s for n in chunks]
         keys, values = cache.keys, cache.values  # as they are now: a backward recomputes when the cache holds more
-        ropes = [self._rope(range(len(sight)) if cache.relative else [positions[i] for i in sight], h, w, device)
-                 for sight in sights]
+        ropes = [self._rope(range(len(seen)) if cache.relative else [positions[i] for i in seen], h, w, device)
+                 for seen in frames_seen]
 
         def past(held, new):
             new = new.split(s, dim=1)
@@ -431,14 +443,14 @@ class CausalWan(nn.Module):
 
         def attend(layer, q, k, v):
             out, ks, vs = [], past(keys[layer], k), past(values[layer], v)
-            for own, sight, rope in zip(q.split(tokens, dim=1), sights, ropes):
-                k, v = (torch.cat([z[i] for i in sight], dim=1) for z in (ks, vs))
+            for own, seen, rope in zip(q.split(tokens, dim=1), frames_seen, ropes):
+                k, v = (torch.cat([z[i] for i in seen], dim=1) for z in (ks, vs))
                 out.append(attention(rotate(own, rope[-own.shape[1]:]), rotate(k, rope), v))
             return torch.cat(out, dim=1)
 
         return attend
 
-    def _check(self, x, t, text, chunk, clean, cache, commit):
+    def _check(self, x, t, text, rows, chunk, clean, cache, commit):
         c, (_, ph, pw) = self.config, self.config.patch_size
         if x.ndim != 5:
             raise ValueError(f"x has shape {tuple(x.shape)}; expected five axes, b f c h w")
@@ -450,6 +462,10 @@ class CausalWan(nn.Module):
             raise ValueError(f"t has shape {tuple(t.shape)}; expected b f = {(b, f)}, one time per frame")
         if text.shape != (b, c.text_len, c.text_dim):
             raise ValueError(f"text has shape {tuple(text.shape)}; expected {(b, c.text_len, c.text_dim)}, zero-padded")
+        told = (b, f + (clean.shape[1] if cache is not None and clean is not None else 0), c.row_dim)
+        if (None if rows is None else rows.shape) != (told if c.row_dim else None):
+            raise ValueError(f"rows have shape {None if rows is None else tuple(rows.shape)}; expected "
+                             f"{told if c.row_dim else 'none'}, for every frame what config.row_dim says")
         if clean is not None and cache is None and (clean.shape != x.shape or chunk is None):
             raise ValueError(f"teacher forcing needs chunk and a clean clip like x {tuple(x.shape)}; "
                              f"got chunk={chunk}, clean {tuple(clean.shape)}")
@@ -467,24 +483,3 @@ class CausalWan(nn.Module):
             if chunk < 1 or f % chunk:
                 raise ValueError(f"{f} frames do not divide into chunks of {chunk}: change --frames or --chunk")
             check_window(c.window, c.sink, chunk)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights
-
-def check_weights(net: CausalWan, weights: dict[str, Tensor], path) -> None:
-    """ValueError that names the first tensors of a file that do not fit the network."""
-    own = {k: tuple(v.shape) for k, v in net.state_dict().items()}
-    got = {k: tuple(v.shape) for k, v in weights.items()}
-    if own != got:
-        wrong = sorted(k for k in own.keys() | got.keys() if own.get(k) != got.get(k))
-        first = "; ".join(f"{k}: got {got.get(k, 'nothing')}, expected {own.get(k, 'nothing')}" for k in wrong[:3])
-        raise ValueError(f"{path} does not fit this model in {len(wrong)} tensors ({first}): change --size or "
-                         "--out")
-
-
-def load_weights(net: CausalWan, weights: dict[str, Tensor], path) -> CausalWan:
-    """load_state_dict(strict=True), with check_weights' message."""
-    check_weights(net, weights, path)
-    net.load_state_dict(weights)
-    return net

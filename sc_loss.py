@@ -11,29 +11,29 @@ one x_ts,
 v(x_ts, ts) is the forward that DMD makes anyway, so this costs one extra forward, at tm. Inserting one in the other,
 x1 - x2 = (tm - te) (v(x_tm, tm) - v(x_ts, ts)): the loss asks the velocity to be constant along the student's own path.
 So 0 means that *Euler steps* compose. A perfect consistency student, whose x_t - t v is the exact flow map to 0, has a
-defect of its own, because its Euler steps to times above 0 are not flow maps: for data N(0, .1), Salt's metric gives it
-.0065 along the 4-step path of shift 5 (tests/test_gaussian_world.py).
+defect of its own, because its Euler steps to t > 0 are not flow maps: for data N(0, .1), Salt's metric gives it
+.0065 along the 4-step path of shift 5 (tests/equations/test_gaussian_world.py).
 
 Triples (Salt Eq. 9): ts from the training grid; te from the inference grid below ts; tm from the training grid strictly
-between. SC acts on the grid that DMD supervises; on a denser one the composed branch passes through times at which
-nobody matches distributions, which Salt reports to hurt (appendix A.2; on the toy it does not, README). `shortcut_loss`
-at the end of this file is that other way of asking for composition, as the sole training signal and on a dense grid.
+between. SC acts on the grid that DMD supervises; on a denser one the composed branch passes through timesteps at which
+nobody matches distributions, which Salt reports to hurt (appendix A.2; on the toy it does not: docs/results.md).
+baselines/consistency.py has that other way of asking for composition, shortcuts on a dense grid.
 
 Left open by the paper
-  - Whether 0 belongs to the ends te. Here it does: otherwise the last interval, the one that makes the picture, has
+  - Whether 0 belongs to the ends te. Here it does: otherwise the last interval, the one that makes the image, has
     no target.
   - Where the gradient flows. Default `through="both"`, as Eq. 8 is written; "direct" holds the composed end fixed
-    (as in shortcut models), "composed" the direct one. README compares the three.
+    (as in shortcut models), "composed" the direct one. docs/results.md compares the three.
 """
 
 import torch
 from torch import Tensor
 
-from flowmap import add_noise, euler, squared_error
+from flowmap import euler, intervals, squared_error
 
 
 def triple_ends(ts: float, train_grid: Tensor, infer_grid: Tensor) -> list[float]:
-    """The ends te that a start ts allows: times of the inference grid, or 0, with a training time strictly in
+    """The ends te that a start ts allows: timesteps of the inference grid, or 0, with one of the training grid in
     between."""
     ends = [*infer_grid.tolist(), 0.0]
     return [te for te in ends if any(te < tm < ts for tm in train_grid.tolist())]
@@ -42,7 +42,7 @@ def triple_ends(ts: float, train_grid: Tensor, infer_grid: Tensor) -> list[float
 def draw_triple(ts: float, train_grid: Tensor, infer_grid: Tensor, g: torch.Generator) -> tuple[float, float] | None:
     """(tm, te) for a start ts (Salt Eq. 9): te uniform over the allowed ends, then tm uniform strictly between.
 
-    Grids are descending times without 0. None where there is no triple: ts is the last time of the training grid.
+    Grids are descending timesteps without 0. None where there is no triple: ts is the last one of the training grid.
     """
     def pick(options):
         return options[int(torch.randint(len(options), (), generator=g))]
@@ -51,23 +51,23 @@ def draw_triple(ts: float, train_grid: Tensor, infer_grid: Tensor, g: torch.Gene
     if not ends:
         return None
     te = pick(ends)
-    return pick([tm for tm in train_grid.tolist() if te < tm < ts]), te
+    return pick([tm for tm in train_grid.tolist() if te < tm < ts]), te                                    # Salt Eq. 9
 
 
 def draw_triples(ts: Tensor, train_grid: Tensor, infer_grid: Tensor, g: torch.Generator) -> tuple[Tensor, ...]:
     """tm and te `b` for starts ts `b`, one of every clip. Where there is no triple, tm = te = ts: the defect is 0."""
     ends = [draw_triple(t, train_grid, infer_grid, g) or (t, t) for t in ts.tolist()]
-    return tuple(torch.tensor(times) for times in zip(*ends))
+    return tuple(torch.tensor(t) for t in zip(*ends))
 
 
 def endpoints(velocity, x_ts: Tensor, v_ts: Tensor, ts, tm, te) -> tuple[Tensor, Tensor]:
     """The direct and the composed endpoint (Salt Eq. 6, 7). velocity: callable (x, t) -> v, called once, at tm.
 
-    x_ts and v_ts = v(x_ts, ts): `b ...`. Times: floats, or tensors whose axes are the leading axes of x.
+    x_ts and v_ts = v(x_ts, ts): `b ...`. Timesteps: floats, or tensors whose axes are the leading axes of x.
     """
-    direct = euler(x_ts, v_ts, ts, te)
+    direct = euler(x_ts, v_ts, ts, te)                                                                 # Salt Eq. 6, 14
     x_tm = euler(x_ts, v_ts, ts, tm)
-    return direct, euler(x_tm, velocity(x_tm, tm), tm, te)
+    return direct, euler(x_tm, velocity(x_tm, tm), tm, te)                                             # Salt Eq. 7, 15
 
 
 def sc_loss(velocity, x_ts: Tensor, v_ts: Tensor, ts, tm, te, through: str = "both") -> tuple[Tensor, dict]:
@@ -79,7 +79,7 @@ def sc_loss(velocity, x_ts: Tensor, v_ts: Tensor, ts, tm, te, through: str = "bo
         composed = composed.detach()
     if through == "composed":
         direct = direct.detach()
-    loss = squared_error(direct, composed)
+    loss = squared_error(direct, composed)                                                                 # Salt Eq. 8
     return loss, {"sc": loss.detach()}
 
 
@@ -90,7 +90,7 @@ def semigroup_defect(velocity, x_ts: Tensor, ts, tm, te, eps: float = 1e-8) -> T
     direct, composed = endpoints(velocity, x_ts, velocity(x_ts, ts), ts, tm, te)
     defect = (direct - composed).flatten(1).square().sum(1)
     moved = (direct - x_ts).flatten(1).square().sum(1)
-    return (defect / (moved + eps)).mean()
+    return (defect / (moved + eps)).mean()                                                                # Salt Eq. 16
 
 
 @torch.no_grad()
@@ -100,46 +100,11 @@ def path_defects(velocity, x: Tensor, infer_grid: Tensor, train_grid: Tensor) ->
 
     Salt measures T^(4) with shift 12. ValueError if an interval has no training time inside.
     """
-    defects, times = [], [*infer_grid.tolist(), 0.0]
-    for ts, te in zip(times, times[1:]):
+    defects = []
+    for ts, te in intervals(infer_grid):
         middles = [tm for tm in train_grid.tolist() if te < tm < ts]
         if not middles:
             raise ValueError(f"got no training time between {ts:.4f} and {te:.4f}, expected a finer training grid")
         defects.append(semigroup_defect(velocity, x, ts, middles[len(middles) // 2], te).item())
         x = euler(x, velocity(x, ts), ts, te)
     return defects
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The other way: composition as the training signal itself
-
-def shortcut_loss(student, ema, teacher, x0: Tensor, text: Tensor, grid: Tensor, start: Tensor, stride: int,
-                  eps: Tensor) -> tuple[Tensor, dict]:
-    """Shortcut flow matching without a step-size embedding (SCFM, arXiv 2510.17858; shortcut models, arXiv 2410.12557).
-
-        v_theta(x_t, t) -> sg (x_t - x_s) / (t - s),  x_s = two Euler steps of theta-, of half the stride each
-
-    A step should go where two half steps go; a step of one interval where the teacher goes. One velocity serves all
-    strides, so its flow is pulled straight. (Strides are powers of two, as in shortcut models.) x0, eps: `b f c h w`.
-    grid: descending times `N`, followed by 0. start: integers `b f` with start + stride <= N. stride: 1 or even.
-    Gradient into the student only.
-    """
-    times = torch.cat([grid, grid.new_zeros(1)]).to(x0.device)
-    t, m, s = times[start], times[start + stride // 2], times[start + stride]
-    x_t = add_noise(x0, eps, t)
-    with torch.no_grad():
-        if stride == 1:
-            target = teacher(x_t, t, text)
-        else:
-            first = ema(x_t, t, text)
-            x_m = euler(x_t, first, t, m)
-            half = ((t - m) / (t - s))[..., None, None, None]
-            target = half * first + (1 - half) * ema(x_m, m, text)
-    loss = squared_error(student(x_t, t, text), target)
-    return loss, {"shortcut": loss.detach()}
-
-
-def draw_shortcut(batch: int, frames: int, steps: int, g: torch.Generator) -> tuple[Tensor, int]:
-    """A stride of 1, 2, 4, ..., steps for the batch, and a start for every clip: integers `batch frames`."""
-    stride = 2 ** int(torch.randint(steps.bit_length(), (), generator=g))
-    return torch.randint(steps - stride + 1, (batch, 1), generator=g).expand(batch, frames), stride

@@ -1,8 +1,9 @@
 """Every file that this project writes, and its own files read back.
 
-What is written replaces the old only when it is complete: it is NAME.writing until then, on disk to the last byte, and
-gone if it failed. A file of tensors carries in its header `about`, a JSON object, and a checksum of what it holds,
-which reading verifies. Nothing that is read is ever run.
+A file is written under another name, NAME.writing, brought to the disk to its last byte, and only then renamed to NAME:
+a crash or a full disk leaves the old file as it was, never half of the new one. A file of tensors is a .safetensors
+whose header holds JSON metadata under the key "about", with a checksum of the tensors that is verified when they are
+read. Nothing that is read is ever run as code.
 """
 
 import errno
@@ -25,8 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-CHECKSUM = "crc32_of_all_tensors"  # in `about`
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what the system says when there is no space
+CHECKSUM = "crc32_of_all_tensors"  # a key of the metadata
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # error numbers of a full disk
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -34,8 +35,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what the system says when th
 
 @contextmanager
 def replacing(path: Path, fresh: Path | None = None) -> Iterator[Path]:
-    """A name to write to, NAME.writing or fresh, which becomes `path` when the context ends well and is removed when it
-    does not. OSError, with the path and what to do, if there is no space or no right."""
+    """A name to write to, NAME.writing or `fresh`. The file becomes `path` when the context ends, and is removed when
+    the context ends with an error. OSError, with the path and what to do, if the disk is full or not writable.
+    """
     path = Path(path)
     fresh = fresh or path.with_name(path.name + ".writing")
     try:
@@ -46,15 +48,16 @@ def replacing(path: Path, fresh: Path | None = None) -> Iterator[Path]:
         os.replace(fresh, path)
         sync(path.parent)
     except (OSError, SafetensorError) as e:
-        why = "no space" if is_full(e) else "no right, or no place,"
-        raise OSError(f"got {why} to write {path} ({reason(e)}), expected some: free some space, or change --out. What "
-                      "was written before is as it was") from e
+        lack = "space" if is_full(e) else "permission or place"
+        raise OSError(f"got no {lack} to write {path} ({reason(e)}), expected some: free some space, or change --out. "
+                      "Earlier files are unchanged") from e
     finally:
         if fresh.is_file():
             fresh.unlink()
 
 
 def is_full(e: Exception) -> bool:
+    """Whether an error says that there is no space on the disk."""
     return getattr(e, "errno", None) in FULL or any(f"os error {n}" in str(e) for n in FULL)
 
 
@@ -72,8 +75,7 @@ def sync(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str, one_of_many=False) -> None:
-    """Replace a text file by a complete new one. one_of_many: processes that may do so at a time; the last one's stays.
-    """
+    """Write a text file. one_of_many: other processes may write it at the same time; the last one's text stays."""
     path = Path(path)
     with replacing(path, path.with_name(f"{path.name}.{os.getpid()}.writing") if one_of_many else None) as fresh:
         fresh.write_text(text, encoding="utf-8")
@@ -83,19 +85,19 @@ def write_json(path: Path, content, one_of_many=False) -> None:
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False), one_of_many)
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict | None = None, checked=True) -> None:
-    """Write a safetensors file, in the tensors' dtypes. about: JSON for its header; with a checksum of all tensors, if
-    checked; None: a file for other programs."""
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict | None = None, checked=True) -> None:
+    """Write a safetensors file, in the tensors' dtypes. metadata: JSON for its header, to which a checksum of all
+    tensors is added if `checked`; None writes a plain file for other programs."""
     held = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    if len({v.data_ptr() for v in held.values()}) < len(held):  # as one text for two clips, which safetensors refuses
+    if len({v.data_ptr() for v in held.values()}) < len(held):  # safetensors refuses tensors that share memory
         held = {k: v.clone() for k, v in held.items()}
-    if about is not None and checked:
-        about = about | {CHECKSUM: checksum(*(held[k] for k in sorted(held)))}
-    metadata = {"format": "pt"} if about is None else {"about": json.dumps(about)}
+    if metadata is not None and checked:
+        metadata = metadata | {CHECKSUM: checksum(*(held[k] for k in sorted(held)))}
+    header = {"format": "pt"} if metadata is None else {"about": json.dumps(metadata)}
     with replacing(path) as fresh:
         fresh.touch()
         mode = fresh.stat().st_mode
-        save_file(held, fresh, metadata)
+        save_file(held, fresh, header)
         fresh.chmod(mode)  # safetensors makes files that nobody else can read
 
 
@@ -103,7 +105,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict | None = N
 # Reading
 
 def read_json(path: Path, expected: str) -> dict:
-    """A JSON object. ValueError, which says what was expected, if it is anything else."""
+    """A JSON object. ValueError, which says what was expected, for anything else."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(content, dict):
@@ -115,38 +117,38 @@ def read_json(path: Path, expected: str) -> dict:
 
 
 def header_of(f) -> dict:
-    """`about` of an open safetensors file, {} if it has none. ValueError if it is no JSON object."""
+    """The metadata of an open safetensors file, {} if it has none. ValueError if it is no JSON object."""
     try:
-        about = json.loads((f.metadata() or {}).get("about", "{}"))
+        metadata = json.loads((f.metadata() or {}).get("about", "{}"))
     except RecursionError as e:
         raise ValueError("its header is nested too deep") from e
-    if not isinstance(about, dict):
-        raise ValueError(f"its header's `about` is {str(about)[:40]}, no JSON object")
-    return about
+    if not isinstance(metadata, dict):
+        raise ValueError(f"its header's `about` is {str(metadata)[:40]}, no JSON object")
+    return metadata
 
 
-def read_tensors(path: Path, only_about: bool = False) -> tuple[dict[str, Tensor], dict]:
-    """The tensors of a safetensors file, mapped from it, and its `about`. ValueError if it is missing, damaged, or not
-    what was written."""
+def read_tensors(path: Path, header_only: bool = False) -> tuple[dict[str, Tensor], dict]:
+    """The tensors of a safetensors file, mapped from it, and its metadata. ValueError if the file is missing, damaged,
+    or does not match its checksum."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"got no file {path}, expected a .safetensors file: train it, or change --weights or --out")
     try:
         with safe_open(path, "pt") as f:
-            about = header_of(f)
-            tensors = {} if only_about else {k: f.get_tensor(k) for k in f.keys()}
-        recorded = about.pop(CHECKSUM, None)
+            metadata = header_of(f)
+            tensors = {} if header_only else {k: f.get_tensor(k) for k in f.keys()}
+        recorded = metadata.pop(CHECKSUM, None)
         if tensors and recorded is not None and checksum(*(tensors[k] for k in sorted(tensors))) != recorded:
             raise ValueError("its bytes are not those that were written")
-        return tensors, about
+        return tensors, metadata
     except (SafetensorError, OSError, ValueError, MemoryError) as e:
         raise ValueError(f"got a damaged or truncated file {path} ({e}), expected a complete .safetensors file: "
                          "change --weights or --out, or move it away and train its stage again") from e
 
 
-def about_of(path: Path) -> dict:
-    """The `about` of a safetensors file, without its tensors."""
-    return read_tensors(path, only_about=True)[1]
+def metadata_of(path: Path) -> dict:
+    """The metadata of a safetensors file; its tensors are not read."""
+    return read_tensors(path, header_only=True)[1]
 
 
 def checksum(*tensors: Tensor) -> int:
@@ -158,13 +160,13 @@ def checksum(*tensors: Tensor) -> int:
 
 
 def check_finite(tensors: dict[str, Tensor], path) -> None:
-    """ValueError that names the tensors that are no floating point numbers, or not finite ones."""
+    """ValueError that names the tensors that are not floating point, or not finite."""
     def fault(x):
         if not x.is_floating_point():
             return str(x.dtype).removeprefix("torch.")
         if x.layout != torch.strided or x.is_meta:
             return "sparse, or without numbers"
-        x = x.float() if x.dtype.itemsize == 1 else x  # of float8 nobody knows the least
+        x = x.float() if x.dtype.itemsize == 1 else x  # torch has no aminmax of float8
         return "" if x.numel() == 0 or torch.stack(x.aminmax()).isfinite().all() else "not finite"  # takes no memory
 
     wrong = [f"{name} ({why})" for name, x in tensors.items() if (why := fault(x))]
@@ -178,10 +180,10 @@ def check_finite(tensors: dict[str, Tensor], path) -> None:
 
 @contextmanager
 def in_use(folder: Path):
-    """Keep other runs out of a folder for as long as the context lasts. ValueError if one is in it.
+    """Keep other runs out of a folder for as long as the context lasts. ValueError if another run is using it.
 
-    By flock, on `.in_use` in the folder: the system lets go of it when the process ends, however it ends. Where a file
-    system cannot lock, nobody is kept out.
+    This locks the file `.in_use` in the folder; the system releases the lock when the process ends, however it ends.
+    On a file system without locks nobody is kept out.
     """
     folder = Path(folder)
     try:
@@ -194,8 +196,8 @@ def in_use(folder: Path):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             who = os.read(handle, 200).decode(errors="replace").strip()
-            raise ValueError(f"got --out {folder}, which is in use by {who or 'another process'}, expected a folder of "
-                             "its own: wait for that one, stop it, or change --out") from e
+            raise ValueError(f"got --out {folder}, which is in use by {who or 'another process'}, expected a free "
+                             "folder: wait for that process, stop it, or change --out") from e
         except OSError as e:
             if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
                 raise
@@ -210,8 +212,7 @@ def in_use(folder: Path):
 
 
 def tidy(folder: Path, beginnings: list[str]) -> None:
-    """Remove what killed processes have left half written, by how its names begin; only who is alone in the folder may.
-    """
+    """Remove the half-written files of killed processes whose names begin so. Call it only inside `in_use`."""
     for path in Path(folder).glob("*.writing"):
         if path.is_file() and path.name.startswith(tuple(beginnings)):
             path.unlink()
@@ -221,8 +222,8 @@ def tidy(folder: Path, beginnings: list[str]) -> None:
 # Commands
 
 def run_command(main: Callable, stopped: str, *errors: type) -> None:
-    """Run a command to its end. What is wrong is told in one line, exit code 1; Ctrl-C and SIGTERM end it with what to
-    do next, `stopped`, and exit code 0."""
+    """Run a command to its end. An expected error (ValueError, OSError, `errors`) is told in one line, exit code 1;
+    Ctrl-C and SIGTERM end it with the message `stopped` and exit code 0."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
     try:
         main()
@@ -236,19 +237,19 @@ def run_command(main: Callable, stopped: str, *errors: type) -> None:
             sys.exit(f"OutOfMemoryError: {first_line}\nexpected less: a smaller --batch, --frames, --height or "
                      "--width, more --accum, or --checkpointing")
         sys.exit(f"unexpected {type(e).__name__}: {first_line}\nIf flags and files are as README says, this is an "
-                 f"error in the code. {where_it_was()}")
+                 f"error in the code. {keep_traceback()}")
 
 
-def where_it_was() -> str:
-    """Keep the traceback of the error at hand: the command may have run for hours before. Returns where it is."""
+def keep_traceback() -> str:
+    """Write the traceback of the current error to a file, as the command may have run for hours. Returns where."""
     path = Path(tempfile.gettempdir()) / f"traceback-{os.getpid()}.txt"
     try:
-        path.write_text(traceback.format_exc())
+        write_text(path, traceback.format_exc())
     except OSError:
         return traceback.format_exc()
     return f"Its traceback: {path}"
 
 
 def printable(text: str) -> str:
-    """Text of a file or a stranger without control characters, which a terminal would obey."""
+    """A text from outside without control characters, which a terminal would obey."""
     return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e]", lambda m: repr(m[0])[1:-1], text)

@@ -2,7 +2,7 @@
 
     FLOPs of a forward = 2 (weights met by each token) + 4 dim (pairs of query and key), per layer; a backward twice
 
-Every network that stages.py builds is watched (`count`); a Meter turns the count into tokens/s, TFLOP/s and MFU.
+Every network that stage.py builds is watched (`count`); a Meter turns the count into tokens/s, TFLOP/s and MFU.
 """
 
 import resource
@@ -16,13 +16,12 @@ from model import SIZES, visible
 # bf16 FLOP/s of dense matrices, from the data sheets
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "A800": 312e12}
 
-
 done = 0.0  # by all networks that `count` watches, on this rank
 watched = weakref.WeakSet()
 
 
 def count(net):
-    """Add every forward of a network, and the backward that will follow, to done. Recomputing is not counted."""
+    """Add every forward of a network, and the backward that will follow, to `done`. Recomputing is not counted."""
     def add(net, args, layout):
         global done
         passes = 1
@@ -35,25 +34,25 @@ def count(net):
     return net
 
 
-def forward_flops(c, shape, chunk=None, clean=None, cache=None, commit=False, until=None) -> float:
+def forward_flops(c, shape, chunk=None, clean=None, cache=None, commit=False, num_blocks=None) -> float:
     """FLOPs of the matrix products of net(x, ...), x of shape `b f c h w`, in the layouts of model.py."""
     b, f, _, height, width = shape
     s = (height // c.patch_size[1]) * (width // c.patch_size[2])  # tokens of a frame
     patch = c.in_dim * c.patch_size[0] * c.patch_size[1] * c.patch_size[2]
-    head = f * s * c.dim * patch if until is None else 0
+    head = f * s * c.dim * patch if num_blocks is None else 0
     frame_pairs, streams = f * f, 1
     if chunk is not None:
         frame_pairs = sum(chunk * (chunk + len(visible(i, chunk, c.window, c.sink))) for i in range(0, f, chunk))
     if cache is not None:
         chunks = (f,) if clean is None else (clean.shape[1], f)
-        frame_pairs, f = sum(n * len(sight) for n, sight in zip(chunks, cache.seen_by(*chunks))), sum(chunks)
+        frame_pairs, f = sum(n * len(seen) for n, seen in zip(chunks, cache.visible_frames(*chunks))), sum(chunks)
     elif clean is not None:
         streams = 2  # of which only the noisy one meets the head
-    layers = c.num_layers if until is None else until
+    layers = c.num_layers if num_blocks is None else num_blocks
     tokens, d = f * s, c.dim
     linear = tokens * (6 * d * d + 2 * d * c.ffn_dim) + c.text_len * 2 * d * d  # q k v o, q o, ffn; k v of the text
     attention = 2 * d * (frame_pairs * s * s + tokens * c.text_len)
-    embeddings = tokens * d * patch + f * d * (c.freq_dim + 7 * d) + c.text_len * d * (c.text_dim + d)
+    embeddings = tokens * d * patch + f * d * (c.freq_dim + c.row_dim + 7 * d) + c.text_len * d * (c.text_dim + d)
     return 2.0 * b * (streams * (layers * (linear + attention) + embeddings) + head)
 
 
@@ -75,14 +74,13 @@ class Meter:
         self.began, self.flops = time.perf_counter(), done
 
     def stop(self) -> dict:
-        """seconds; tokens_per_second, of the batch's clips, over all ranks; of this rank tflops (model TFLOP/s), mfu
-        (their share of what the card can do; where that is known), memory_gb (the most it held so far)."""
+        """seconds; tokens_per_second of the batch's clips, over all ranks; of this rank: tflops (model TFLOP/s), mfu
+        (tflops as a fraction of the card's peak, where that is known), memory_gb (peak memory so far)."""
         if self.cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self.began
         rate = (done - self.flops) / seconds
-        held = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        if self.cuda:
-            held = torch.cuda.max_memory_allocated()
+        memory = (torch.cuda.max_memory_allocated() if self.cuda
+                  else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         speed = {"seconds": seconds, "tokens_per_second": self.tokens / seconds, "tflops": rate / 1e12}
-        return speed | ({"mfu": rate / self.peak} if self.peak else {}) | {"memory_gb": held / 1e9}
+        return speed | ({"mfu": rate / self.peak} if self.peak else {}) | {"memory_gb": memory / 1e9}
