@@ -9,7 +9,7 @@ import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), *(str(ROOT / "tests" / folder) for folder in ("recipe", "wan21", "cluster"))]
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", ROOT.parent / "shared" / "golden"))
 
 from model import CausalWan, WanConfig  # noqa: E402
