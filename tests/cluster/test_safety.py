@@ -677,7 +677,7 @@ def test_a_damaged_shard_of_prepare(tmp_path, name, damage):
     if name.endswith("safetensors"):
         latent_folder.write_shard(tmp_path / name, [{"text": torch.ones(1, 4), "caption": ""}])
     (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
-    with pytest.raises(ValueError, match=f"damaged .*{name}.*delete it"):
+    with pytest.raises(ValueError, match=f"{name}.*delete it"):
         prepare.finished(tmp_path, 0, [("a.mp4", "a")])
 
 
