@@ -124,7 +124,7 @@ class Config:
     trajectories: int = flag(1024, "stored trajectories of causal_ode and bidirectional_ode", "trajectory")
 
     # distribution matching: salt, and every method with a critic
-    init: str = flag("", "stage whose weights the student starts from; the method's own if not given", "dmd")
+    init: str = flag("", "start a DMD stage from the weights of this stage, not from those of the usual one", "dmd")
     dmd_steps: int = flag(200, "generator updates of a DMD stage", "dmd")
     dmd_lr: float = flag(4e-4, "learning rate of the generator", "dmd")
     critic_lr: float = flag(8e-4, "learning rate of the critic", "dmd")
@@ -139,10 +139,12 @@ class Config:
     mixed_steps: tuple = flag((2, 4, 8), "rollout lengths K of salt and mixed_sc (Salt Sec. 3.3)", "dmd")
     mixed_probs: tuple = flag((0.2, 0.4, 0.4), "their probabilities (Salt Sec. B)", "dmd")
     first_steps: int = flag(4, "minimum steps of the first chunk (CF++ Sec. 4); 1: as many as the others", "dmd")
-    window: int = flag(0, "frames that a frame of a stage-3 student sees, itself included (LongLive); 0: all", "dmd")
-    sink: int = flag(0, "of these, how many are the first of the clip", "dmd")
+    window: int = flag(0, "how many frames attention sees in salt, causvid and other stage-3 students: with 4 and a "
+                          "sink of 1 the first frame, the two before and itself (LongLive); 0: all", "dmd")
+    sink: int = flag(0, "how many frames of the window are the first ones of the clip", "dmd")
     lambda_sc: float = flag(0.2, "weight of self-consistency, at the largest K (Salt: 0.2)", "dmd")
-    sc_through: str = flag("both", "branches of L_SC that carry gradient: both, direct or composed", "dmd")
+    sc_through: str = flag("both", "endpoints of L_SC that carry gradient: both, direct, or composed, which reaches v "
+                                   "at ts and at tm", "dmd")
     lambda_align: float = flag(0.5, "weight of alignment, at the smaller K (ours; VideoREPA's TRD weight)", "dmd")
     align_warmup: float = flag(0.25, "fraction of the stage before alignment starts (Salt: 600 iterations)", "dmd")
     align_prob: float = flag(0.5, "fraction of later updates that use it (ours; Salt: 'stochastically')", "dmd")
@@ -388,7 +390,7 @@ def check(cfg: Config, ranks: int = 1):
     need(cfg.height % c.patch_size[1] == 0 and cfg.width % c.patch_size[2] == 0, "height width size",
          f"multiples of the patch, {c.patch_size[1]} x {c.patch_size[2]}")
     need(cfg.data or cfg.world and WORLDS[cfg.world].latent_shape == (c.in_dim, cfg.height, cfg.width),
-         "data world size height width", "a folder of latents, or a world of clips of this size")
+         "data world size height width", "a world of clips of this size, or else --data FOLDER, or --data random")
     need(cfg.batch % (cfg.accum * ranks) == 0, "batch accum",
          f"a batch that divides into equal parts for {ranks} ranks")
     need(cfg.stage != "evaluate" or not cfg.data, "stage data", "no --data: only runs of a world can be measured")
@@ -411,8 +413,8 @@ def check(cfg: Config, ranks: int = 1):
     need(cfg.stage != "naive_sc" or cfg.rollout_steps > 1, "stage rollout_steps", "at least 2 steps, for a triple")
     need(cfg.trajectory_grid % 16 == 0, "trajectory_grid", "a multiple of 16")  # students' timesteps lie on it
     need(cfg.train_grid > 3 and cfg.train_grid % 2 == 0, "train_grid", "an even number, at least 4")
-    need(cfg.window == 0 or cfg.window >= cfg.sink + cfg.chunk, "window sink chunk",
-         "a window that holds the sink and a chunk, or 0")
+    need(cfg.window >= cfg.sink + cfg.chunk or cfg.window == cfg.sink == 0, "window sink chunk",
+         "a window that holds the sink and a chunk, or no window and no sink")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -476,18 +478,19 @@ def parse(argv=None, description="") -> Config:
     return config_of(vars(parser(description).parse_args(argv)))
 
 
-def parser(description="") -> argparse.ArgumentParser:
+def parser(description="", prog="python train.py") -> argparse.ArgumentParser:
     """Every flag of Config, none of which has a default: see config_of."""
     flags = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                    allow_abbrev=False, argument_default=argparse.SUPPRESS)
+                                    allow_abbrev=False, argument_default=argparse.SUPPRESS, prog=prog,
+                                    usage="%(prog)s [flags]   (--help lists them)")
     for f in fields(Config):
         if not f.metadata["help"]:
             continue
         many = isinstance(f.default, tuple)
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else {
             "type": type(f.default[0] if many else f.default), "metavar": "X", "nargs": "+" if many else None}
-        flags.add_argument(option(f.name), **kind,
-                           help=f"{f.metadata['help']} (default: {f.default})".replace("%", "%%"))
+        default = "" if f.default == "" else f" (default: {f.default})"
+        flags.add_argument(option(f.name), **kind, help=f"{f.metadata['help']}{default}".replace("%", "%%"))
     return flags
 
 

@@ -173,8 +173,9 @@ def print_rows(rows, header=True):
               f"{'drift':>6} {'prompt':>8} {'motion':>8} {'W1':>8} {'defect':>7} | {'sample s':>8} {'train s':>8}")
     for r in rows:
         by_frame, accuracy = r["render_error_by_frame"], 100 * r["prompt_accuracy"]
+        drift = f"{r['drift']:.2f}" if r["weights"] else "-"  # of frames without an error there is none
         print(f"{r['stage']:<16} {r['weights']:<7} {r['steps']:>5} {r['nfe']:>4} | {r['render_error']:>8.4f} "
-              f"{by_frame[2]:>8.4f} {by_frame[-1]:>8.4f} {r['drift']:>6.2f} {accuracy:>7.1f}% {r['motion']:>8.2f} "
+              f"{by_frame[2]:>8.4f} {by_frame[-1]:>8.4f} {drift:>6} {accuracy:>7.1f}% {r['motion']:>8.2f} "
               f"{r['motion_w1']:>8.3f} {r['defect']:>7.4f} | {r['sample_seconds']:>8.1f} {r['train_seconds']:>8.0f}")
     sys.stdout.flush()
 

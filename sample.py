@@ -35,6 +35,7 @@ import wan21.text
 import wan21.vae
 import wan21.weights
 from cluster.files import printable, run_command
+from config import STAGES
 from flowmap import SOLVERS, Guided
 from model import SIZES
 from rollout import grids, rollout_with_prompts
@@ -96,6 +97,16 @@ def parse(argv=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # What to sample
 
+def with_stage(metadata: dict) -> dict:
+    """The metadata of weights with what the table of stages knows besides: not every stage sees only --window frames,
+    and some have one K, --rollout-steps."""
+    stage, c = STAGES.get(str(metadata.get("stage"))), metadata.get("config")
+    if metadata["layout"] != "own" or stage is None or not isinstance(c, dict):
+        return metadata
+    one_k = {"mixed_steps": [c.get("rollout_steps", 4)]} if "one_k" in dict(stage.settings) else {}
+    return metadata | {"config": c | one_k | ({} if stage.windowed else {"window": 0})}
+
+
 def prompts_of(args, world) -> tuple[list[str], list[tuple[int, str]]]:
     """The prompts, and the changes of prompt on the way, (frame, prompt) in order."""
     need(args, bool(args.prompt) + bool(args.prompts) < 2, "prompt prompts", "one of them")
@@ -146,20 +157,20 @@ def texts_of(args, config, world, prompts: list[str]) -> tuple[dict[str, Tensor]
 # ---------------------------------------------------------------------------------------------------------------------
 # Sampling
 
-def decoder(args, config, vae, side_by_side: int) -> tuple[Callable[[Tensor], Tensor], float]:
+def decoder(args, config, world, vae, side_by_side: int) -> tuple[Callable[[Tensor], Tensor], float]:
     """A function from the next chunk x0 `b n c h w` to its frames, bytes `b f h w 3`, for one batch; and how many of
     them make a second. side_by_side: clips that share an image."""
     family = FAMILIES[config.family]
     if latents_only(args):
         return lambda x0: torch.empty(len(x0), 0, 1, 1, 3, dtype=torch.uint8), family.fps
-    if world := WORLDS.get(family.world):
+    if world:
         return lambda x0: torch.from_numpy(world.draw(x0.float(), 8 if side_by_side > 2 else 20)), family.fps
     if args.preview:
         return lambda x0: wan21.vae.preview(x0, family), family.fps / family.frames_per_latent
     return wan21.vae.StreamDecoder(vae).decode, family.fps
 
 
-def sample_batch(args, config, net, vae, given, texts, switches, batch: list[Sample]) -> str:
+def sample_batch(args, config, world, net, vae, given, texts, switches, batch: list[Sample]) -> str:
     """Generate a batch of clips and write them as they come. Returns how much that was, and how fast."""
     groups = [(sample.path, [sample]) for sample in batch] if batch[0].path else [(args.out, batch)]
     sizes = [len(group) for _, group in groups]
@@ -178,7 +189,7 @@ def sample_batch(args, config, net, vae, given, texts, switches, batch: list[Sam
     given = None if given is None else given.to(args.device).expand(len(batch), *given.shape)
     rollout = rollout_with_prompts(net, noise, prompts, grid, chunk=args.chunk, frames=args.frames, given=given,
                                    cache=cache, first_grid=first_grid, solver=args.solver)
-    decode, fps = decoder(args, config, vae, sizes[0])
+    decode, fps = decoder(args, config, world, vae, sizes[0])
     frames_given, made, first = 0 if given is None else given.shape[1], 0, 0.0
     unit = "latent frames" if latents_only(args) else "frames"
     name = printable(batch[0].prompt[:30]) if len(batch) == 1 else f"{len(batch)} clips"
@@ -208,10 +219,10 @@ def main(args) -> list[Path]:
     if not isinstance(size, str) or size not in SIZES:
         raise ValueError(f"got {args.weights} of size {str(size)[:40]}, expected one of {', '.join(SIZES)}: change "
                          "--weights, or give --size")
-    config, family = SIZES[size], FAMILIES[SIZES[size].family]
-    world = WORLDS.get(family.world)
+    config, family, metadata = SIZES[size], FAMILIES[SIZES[size].family], with_stage(metadata)
     wan21.weights.check_fit(config, weights, args.weights)
-    args = with_defaults(args, metadata, size)
+    trained, args = trained_for(metadata, size), with_defaults(args, metadata, size)
+    world = WORLDS.get(trained["world"])
     prompts, switches = prompts_of(args, world)
     samples = samples_of(args, prompts)
     if not samples:
@@ -220,7 +231,7 @@ def main(args) -> list[Path]:
     encodes = args.image or args.clip and args.clip.suffix != ".safetensors"
     if not world and not args.preview and (encodes or not latents_only(args)):
         vae = wan21.vae.load_vae(args.wan, args.device, dtype, family)
-    given = given_latents(args, config, vae)
+    given = given_latents(args, config, world, vae)
     last = (0 if given is None else len(given)) + args.frames - args.chunk
     if switches and switches[-1][0] > last:
         raise ValueError(f"got --at {switches[-1][0]}, expected at most {last}, where the last chunk starts: change "
@@ -235,13 +246,13 @@ def main(args) -> list[Path]:
         net = Guided(net, wan21.text.pad_text([null], config.text_len)[0].to(args.device), args.guidance)
     grid, first_grid = grids(args.steps, args.shift, args.first_steps)
     times = [round(t, 4) for t in grid.tolist()]
-    print(f"{args.weights} ({trained_for(metadata, size)['stage']}): steps at t = {times[:8]}"
+    print(f"{args.weights} ({trained['stage']}): steps at t = {times[:8]}"
           f"{' ...' * (args.steps > 8)}, {len(times)} in all, {len(first_grid)} in the first chunk, {args.solver}, "
           f"guidance {args.guidance}, chunks of {args.chunk}, window {args.window or 'of all'}, sink {args.sink}, "
           f"{args.height} x {args.width} pixels, {args.precision}")
     for start in range(0, len(samples), args.batch):
         batch = samples[start : start + args.batch]
-        done = sample_batch(args, config, net, vae, given, texts, switches, batch)
+        done = sample_batch(args, config, world, net, vae, given, texts, switches, batch)
         print(f"{batch[0].path if len(batch) == 1 and batch[0].path else args.out}: {done}")
     return [sample.path for sample in samples] if samples[0].path else [args.out]
 

@@ -9,8 +9,6 @@
 
     torchrun --nproc_per_node 2 train.py                  # the same on 2 ranks: gloo on CPUs, nccl on GPUs
     torchrun --nproc_per_node 8 train.py --size wan1.3b --stage teacher_forcing --data latents --out runs/wan --accum 8
-    torchrun --nnodes 4 --nproc_per_node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --max-restarts 3 train.py \
-        --size wan1.3b --stage salt --data prompts --out runs/wan --accum 2
 
 This file has the four stages of the recipe, each as the algorithm box of its paper, and the loop that runs them:
 
@@ -117,8 +115,8 @@ def salt(cfg, start) -> Training:
 
     Self Forcing, Causal Forcing, CF++ and two rows of Salt's Table 5 are this function with other settings (STAGES in
     config.py). The student is causal; teacher and critic are bidirectional and look at the whole clip. Salt does not
-    say from which grid naive_sc takes te: with one K, T_train is T^(K), and we read T^(K) of Eq. 9 as that of half as
-    many steps, as between T^(8) and T^(4).
+    say from which grid naive_sc takes te. Ours: with one K, tm is from T^(K) and te from T^(K/2) or 0, as in Salt with
+    8 and 4.
     """
     net, ema = student_and_average(cfg, load_finished(cfg, start), windowed=True)
     teacher, critic = score_models(cfg, "bidirectional")
@@ -168,7 +166,8 @@ def salt(cfg, start) -> Training:
         warm = draw.step >= cfg.align_warmup * cfg.steps_of("dmd")
         if k < largest_k and warm and cfg.lambda_align > 0 and draw.coin(cfg.align_prob):
             with torch.no_grad():  # the next denser schedule, from the same noise, exits at the same fraction of steps
-                longer_first = max(2 * k, cfg.first_steps) // max(k, cfg.first_steps)  # 1 or 2 times as many steps
+                # the first chunk has 2 K steps in place of K only where both are more than its minimum
+                longer_first = max(2 * k, cfg.first_steps) // max(k, cfg.first_steps)
                 x_ref = joined(rollout(cfg, net, text, noise, 2 * k, 2 * exit_step + 1,
                                        longer_first * (first_exit + 1) - 1))
             metrics["align"], _ = align_loss(features, x0, x_ref, text, t, eps)                     # Salt Eq. 11, 12

@@ -1,7 +1,7 @@
 # From Wan 2.1's download folder and a folder of videos to a student that draws a chunk of three latent frames in four steps.
 # From the project's folder: `bash runs/wan1.3b.sh`. The same command again resumes where it stopped. Not yet run on a GPU.
-set -e
-WAN=${WAN:-Wan2.1-T2V-1.3B}         # Wan 2.1 as it is downloaded: weights, text encoder, VAE
+set -e; trap 'exit 130' INT  # Ctrl-C ends all of it, not one command
+WAN=${WAN:-Wan2.1-T2V-1.3B}         # Wan-AI/Wan2.1-T2V-1.3B of Hugging Face: weights, text encoder, VAE
 VIDEOS=${VIDEOS:-clips}             # a folder of videos of at least 81 frames at 16 frames per second
 CAPTIONS=${CAPTIONS:-captions.csv}  # its captions: the columns video,caption
 PROMPTS=${PROMPTS:-prompts.txt}     # prompts for Salt, one a line; no videos of them are needed

@@ -187,7 +187,7 @@ def table(cfg, gpu_memory=80.0) -> Iterator[str]:
 
 def parse(argv=None) -> tuple[config.Config, float]:
     """The settings of train.py, on random data, and --gpu-memory."""
-    flags = config.parser(__doc__)
+    flags = config.parser(__doc__, "python -m tools.plan")
     flags.add_argument("--gpu-memory", type=float, default=80.0, help="GB of memory of a GPU (default: 80)")
     given = vars(flags.parse_args(argv))
     gpu_memory = given.pop("gpu_memory")
@@ -195,11 +195,11 @@ def parse(argv=None) -> tuple[config.Config, float]:
 
 
 def main(cfg, gpu_memory):
-    config.check(cfg)
     if not 0 < gpu_memory <= 1e9:
         raise ValueError(f"got --gpu-memory {gpu_memory}, expected a number above 0, up to 1e+09")
     if cfg.stage != "all" and (cfg.stage not in STAGES or cfg.stage.endswith("_ode")):
         raise ValueError(f"got --stage {cfg.stage}, expected the recipe or a stage that makes no trajectories first")
+    config.check(cfg)
     for line in table(cfg, gpu_memory):
         print(line, flush=True)
 

@@ -22,7 +22,7 @@ from wan21.errors import flag_of, need, say
 from wan21.families import FAMILIES
 from wan21.vae import encode
 from wan21.weights import digest, ends
-from worlds import WORLDS, latent_folder
+from worlds import latent_folder
 
 FORMATS = {"mp4": ".mp4", "webp": ".webp", "png": "", "latents": ".safetensors"}  # and their suffixes
 FREE = {"prompt", "prompts", "samples", "seed", "out", "format", "vbench", "wan", "device", "text_device", "compile",
@@ -129,11 +129,10 @@ def latents_only(args) -> bool:
     return args.format == "latents" or args.out.suffix == ".safetensors"
 
 
-def given_latents(args, config, vae) -> Tensor | None:
+def given_latents(args, config, world, vae) -> Tensor | None:
     """What to start from, `f c h w`: the latent of --image, or those of --continue. ValueError if it does not fit."""
     path, name = args.image or args.clip, "image" if args.image else "clip"
     family, shape = FAMILIES[config.family], latent_shape(args, config)
-    world = WORLDS.get(family.world)
     if path is None:
         return None
     try:

@@ -35,17 +35,21 @@ def trained_for(metadata: dict, size: str) -> dict:
     """The settings that weights were trained for, as they record them or as is usual for their layout."""
     family, layout = FAMILIES[SIZES[size].family], metadata["layout"]
     if layout == "pt":
-        return family.published(size, student=True)
+        return family.published(size, student=True) | {"world": family.world}
     if layout != "own" or metadata.get("stage") == "bidirectional" and "source" in metadata:  # converted ones, too
-        return family.published(size)
+        return family.published(size) | {"world": family.world}
     c = metadata.get("config")
     if not {"stage", "causal", "few_step", "solver"} <= metadata.keys() or not isinstance(c, dict) or not all(
             isinstance(c.get(name), kind) for name, kind in RECORDED.items()):
         raise ValueError("got no record of a finished stage, expected train.py's STAGE.safetensors: change --weights")
-    student, causal = metadata["few_step"], metadata["causal"]
+    student, causal, world = metadata["few_step"], metadata["causal"], family.world and c.get("world", family.world)
+    if world and world not in WORLDS:
+        raise ValueError(f"got weights that were trained on the world {str(world)[:40]}, expected one of "
+                         f"{', '.join(WORLDS)}: change --weights")
+    steps = c["mixed_steps"][0] if family.student_steps not in c["mixed_steps"][1:] else family.student_steps
     return {**{name: metadata[name] for name in ("stage", "causal", "few_step", "solver")},
             **{name: c[name] for name in ("shift", "frames", "window", "height", "width", "mixed_steps")},
-            "steps": family.student_steps if student else 40, "guidance": 1.0 if student else c["guidance"],
+            "steps": steps if student else 40, "world": world, "guidance": 1.0 if student else c["guidance"],
             "first_steps": c["first_steps"] if student and causal else 1, "sink": c["sink"] if c["window"] else 1,
             "chunk": c["chunk"] if causal else c["frames"]}
 
@@ -53,7 +57,7 @@ def trained_for(metadata: dict, size: str) -> dict:
 def with_defaults(args, metadata: dict, size: str):
     """Fill what was not given from the record of the weights; check the numbers; warn where they depart from it."""
     family, trained = FAMILIES[SIZES[size].family], trained_for(metadata, size)
-    world, pixels = WORLDS.get(family.world), family.pixels_per_latent
+    world, pixels = WORLDS.get(trained["world"]), family.pixels_per_latent
     expected = {name: trained[name] for name in ("steps", "first_steps", "chunk", "solver", "shift", "guidance")}
     expected |= {"window": trained["window"] or trained["frames"], "sink": trained["sink"],
                  "height": trained["height"] * pixels, "width": trained["width"] * pixels}

@@ -98,7 +98,9 @@ def file_in(folder: Path) -> Path:
     for path in (folder / name for name in names):
         if path.is_file():
             return path
-    raise ValueError(f"got the folder {folder}, expected one of {', '.join(names)} there: change --weights")
+    files = ", ".join(sorted(file.name for file in folder.glob("*.safetensors"))[:20])
+    raise ValueError(f"got the folder {folder} without any of {', '.join(names)}, expected Wan's weights: change it"
+                     + f", or name a file of it: {files}" * bool(files))
 
 
 def read_index(path: Path) -> dict[str, Tensor]:

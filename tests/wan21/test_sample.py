@@ -271,6 +271,25 @@ def test_settings_that_a_checkpoint_has_recorded():
     assert (of("wan14b", "official")["shift"], of("wan14b", "official")["guidance"]) == (5.0, 5.0)
 
 
+def test_what_the_table_of_stages_tells_of_weights():
+    """Bug: a stage that sees the whole past sampled with the --window of the run; a student of one K, --rollout-steps,
+    taken for one of --mixed-steps; weights of another world asked for the toy's prompts."""
+    config = dict(first_steps=4, window=4, sink=1, mixed_steps=[2, 4, 8], rollout_steps=1, guidance=3.0, chunk=1,
+                  frames=8, shift=5.0, height=10, width=10)
+
+    def of(stage, **changes):
+        metadata = dict(layout="own", stage=stage, causal=True, few_step=True, solver="cm", config=config | changes)
+        return sample.trained_for(sample.with_stage(metadata), "toy")
+
+    assert (of("salt")["window"], of("salt")["mixed_steps"], of("salt")["steps"]) == (4, [2, 4, 8], 2)
+    assert (of("causal_cd")["window"], of("causal_cd")["sink"]) == (0, 1)
+    for stage in ("self_forcing", "naive_sc"):
+        assert (of(stage)["window"], of(stage)["mixed_steps"], of(stage)["steps"]) == (4, [1], 1)
+    assert of("salt")["world"] == "toy" and of("salt", world="toy")["world"] == "toy"
+    with pytest.raises(ValueError, match="the world mars, expected one of toy"):
+        of("salt", world="mars")
+
+
 def test_a_window_that_must_be_given_room(wan, tmp_path):
     """Bug: the default sink and a larger chunk do not fit the default window, and that is an error."""
     out = tmp_path / "x.safetensors"
