@@ -158,7 +158,10 @@ class Config:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Stages. `method` names the function that trains it, where that is not its own name, and `settings` what the stage sets
-# for itself: five methods are Salt without some of its parts, which is Salt's Table 5.
+# for itself: five methods are Salt without some of its parts, which is Salt's Table 5. A row may set only what that
+# function alone reads (ROW_MAY_SET); the loop, evaluation and sampling read the flags.
+
+ROW_MAY_SET = {"one_k", "lambda_sc", "lambda_align", "train_grid"}
 
 @dataclass(frozen=True)
 class Stage:
@@ -402,8 +405,9 @@ def check(cfg: Config, ranks: int = 1):
     for name in ("teacher_betas", "trajectory_betas", "dmd_betas"):
         need(len(getattr(cfg, name)) == 2, name, "two numbers")
     need(cfg.frames % cfg.chunk == 0, "frames chunk", "frames that are a multiple of the chunk")
-    need(all(b == 2 * a for a, b in zip(cfg.mixed_steps, cfg.mixed_steps[1:])) and cfg.mixed_steps[-1] % 4 == 0,
-         "mixed_steps", "each K twice the one before, so that the grids nest, and the last a multiple of 4")
+    need(all(b == 2 * a for a, b in zip(cfg.mixed_steps, cfg.mixed_steps[1:])) and cfg.mixed_steps[-1] % 4 == 0
+         and power_of_two(cfg.mixed_steps[0]), "mixed_steps",
+         "powers of two, each K twice the one before, so that the grids nest, and the last a multiple of 4")
     need(cfg.mixed_steps[-1] % cfg.first_steps == 0, "first_steps mixed_steps",
          "first steps that divide the largest K")
     need(power_of_two(cfg.rollout_steps) and power_of_two(cfg.first_steps), "rollout_steps first_steps",

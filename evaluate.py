@@ -23,7 +23,6 @@ from model import SIZES, CausalWan
 from rollout import joined, stream
 from sc_loss import path_defects
 from stage import frozen, is_finished, load_finished, path_of, record_of, rollout, source_of, video_shape
-from wan21.families import FAMILIES
 from wan21.weights import check_fit
 from worlds import WORLDS
 from worlds.draws import EVALUATE, noises
@@ -53,6 +52,9 @@ def as_trained(cfg, stage):
         if not alike(value, getattr(cfg, name)):
             raise ValueError(f"got {path_of(cfg, stage)} with the setting {name} {str(value)[:40]}, expected such as "
                              f"{getattr(cfg, name)}: change --out, or train the stage again")
+    if shaped["world"] not in ("", *WORLDS):
+        raise ValueError(f"got {path_of(cfg, stage)}, trained on the world {shaped['world']}, expected one of "
+                         f"{', '.join(WORLDS)}: change --out")
     return replace(cfg, **shaped)
 
 
@@ -197,9 +199,10 @@ def report(cfg, stage) -> list[dict]:
     rows, path = known_rows(cfg, stage), table_path(cfg)
     if not rows:
         rows = evaluate(cfg, stage)
-        old = table(cfg) or [the_world(cfg)]
-        write_text(path, json.dumps([r for r in old if r["stage"] != stage] + rows, indent=1))
-        draw_stages(cfg, {stage: steps_shown(cfg, stage)}, stage)
+        old = [r for r in table(cfg) if r["stage"] != stage and printable_row(r)]
+        old = old if any(r["stage"] == "the world" for r in old) else [the_world(cfg), *old]
+        write_text(path, json.dumps(old + rows, indent=1))
+        draw_stages(cfg, {stage: steps_shown(as_trained(cfg, stage), stage)}, stage)
     print_rows(rows, header=False)
     return rows
 
@@ -247,8 +250,7 @@ def draw_clips(cfg, rows: dict[str, Tensor], path: Path, scale=5) -> None:
             ImageDraw.Draw(page).text((4, i * (h + 4) + h // 2 - 6), label, fill="black")
         return page
 
-    world = FAMILIES[SIZES[cfg.size].family].world
-    draw = WORLDS[world].draw if world else three_channels
+    draw = WORLDS[cfg.world].draw if cfg.world else three_channels
     frames = {label: np.pad(draw(x, scale), [(0, 0)] * 2 + [(0, 2), (0, 2), (0, 0)]) for label, x in rows.items()}
     still = {label: rearrange(x[:2], "b f h w c -> h (b f w) c") for label, x in frames.items()}
     playing = [labelled({label: rearrange(x[:, i], "b h w c -> h (b w) c") for label, x in frames.items()})

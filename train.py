@@ -206,7 +206,7 @@ def run_stage(cfg, stage, most=sys.maxsize, until=float("inf")) -> int:
         say(f"{stage}: already trained, in {weights}")
         return 0
     metadata = {"stage": stage, "size": cfg.size, "step": 0, "seconds": 0.0, "nonfinite": 0, "config": asdict(cfg),
-                "data": source_of(cfg).digest()}  # first: a wrong --data should not cost the time to load a model
+                "row": dict(STAGES[stage].settings), "data": source_of(cfg).digest()}  # a wrong --data is told at once
     checkpoint.clear(states)
     if newest := checkpoint.newest_intact(states):
         metadata = ranks.on_rank_0(lambda: check_checkpoint(cfg, stage, newest, metadata["data"]))
@@ -277,6 +277,7 @@ def check_checkpoint(cfg, stage, path, data) -> dict:
         raise ValueError(f"got {path} of stage {metadata['stage']} and step {metadata['step']}, expected one of "
                          f"{stage}, up to step {steps}: move it away, or change --out")
     same_settings(cfg, stage, states, metadata["config"])
+    check_same_row(stage, states, metadata)
     check_same_data(cfg, states, metadata["data"], data)
     return metadata
 
@@ -289,8 +290,16 @@ def check_finished(cfg, stage):
         raise ValueError(f"got {path} of stage {metadata.get('stage')} and raw weights of {raw.get('stage')}, expected "
                          f"{stage}: restore them, or change --out")
     same_settings(cfg, stage, path, metadata["config"])
+    check_same_row(stage, path, metadata)
     if "source" not in metadata:
         check_same_data(cfg, path, metadata.get("data", ""), source_of(cfg).digest())
+
+
+def check_same_row(stage, path, metadata):
+    now = dict(STAGES[stage].settings)
+    if metadata.get("row", now) != now:  # older runs have recorded none
+        raise ValueError(f"got {path}, trained with {metadata['row']} in its row of STAGES, expected today's {now}: "
+                         "change --out, or the row in config.py")
 
 
 def check_same_data(cfg, path, then, now):
@@ -370,9 +379,10 @@ def run(cfg: Config) -> list[dict]:
     if cfg.stage == "evaluate":
         stages = evaluate.finished_stages(cfg)
         cfg = evaluate.as_trained(cfg, stages[-1])
-    changed = {k: v for k, v in asdict(cfg).items() if v != getattr(Config, k)}
+    shown = for_stage(cfg, stages[0]) if len(stages) == 1 else cfg
+    changed = {k: v for k, v in asdict(shown).items() if v != getattr(Config, k)}
     say(f"settings that are not the defaults: {json.dumps(changed)}")
-    for k in cfg.mixed_steps:
+    for k in shown.mixed_steps:
         say(f"timesteps of {k} steps: {[round(t, 4) for t in schedule(k, cfg.shift).tolist()]}")
     if cfg.size == "wan1.3b" and not cfg.teacher_size and any(STAGES[stage].windowed for stage in stages):
         say(f"DMD's teacher is of --size {cfg.size}; the papers' is of 14B: --teacher-size wan14b --teacher-out FOLDER")

@@ -110,7 +110,8 @@ def needs(cfg, stage) -> Needs:
 
 
 def dry_run(cfg, stage) -> Needs:
-    """One update of a stage on shapes alone, on one clip, the costliest it has: the largest K, with room for L_SC."""
+    """One update of a stage on shapes alone, on one clip: of the largest K, with room for L_SC; the exit steps of its
+    critic updates are what that update draws."""
     largest = tuple(float(k == max(cfg.mixed_steps)) for k in cfg.mixed_steps)
     dry = replace(cfg, device="meta", batch=1, accum=1, critic_steps=1, compile=False, data="random",
                   mixed_probs=largest)

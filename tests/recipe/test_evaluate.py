@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from conftest import close
+from PIL import Image
 from test_train import config
 
 import evaluate
@@ -194,3 +195,27 @@ def test_no_clip_prompt_or_noise_of_the_evaluation_is_one_of_training(tmp_path, 
         assert keys
         trained |= set(keys)
     assert not measured & trained
+
+
+def test_a_stage_is_drawn_with_the_settings_it_was_trained_with(finished, monkeypatch):
+    """Bug: numbers of steps of the command for the noise of the run, which has as many as its own largest K; another
+    world's drawing."""
+    cfg = finished("dmd4", mixed_steps=(4,), mixed_probs=(1.0,))
+    drawn = []
+    monkeypatch.setattr(evaluate, "draw_clips", lambda cfg, rows, *args, **kwargs: drawn.append((cfg, rows)))
+    evaluate.report(dataclasses.replace(cfg, mixed_steps=(2, 4, 8), mixed_probs=(0.2, 0.4, 0.4)), "dmd4")
+    assert list(drawn[0][1]) == ["the world", "dmd4 1", "dmd4 2", "dmd4 4"]
+
+
+def test_a_world_draws_its_own_clips(tmp_path, monkeypatch):
+    """Bug: clips of another world drawn as those of the family's."""
+    class Grey(type(TOY)):
+        def draw(self, x, scale=5):
+            return super().draw(x * 0, scale)
+
+    monkeypatch.setitem(WORLDS, "grey", Grey())
+    x = TOY.clips(range(2), 3, 5)[0]
+    for world in ("grey", "toy"):
+        evaluate.draw_clips(config(tmp_path, world=world), {"clips": x}, tmp_path / world)
+    grey, colour = (Image.open(tmp_path / f"{world}.png").convert("RGB") for world in ("grey", "toy"))
+    assert grey.size == colour.size and grey.tobytes() != colour.tobytes()

@@ -6,7 +6,7 @@ import re
 import pytest
 from conftest import ROOT
 
-from config import Config
+from config import ROW_MAY_SET, STAGES, Config, for_stage
 
 FLOORS = [  # from the ground up; a file may import only from floors below its own, or what stands in the same folder
     {"flowmap"}, {"model", "align", "sc_loss", "dmd", "causal_cd", "rollout"}, {"cluster"}, {"worlds"}, {"wan21"},
@@ -96,6 +96,15 @@ def test_salt_is_read_in_one_place():
     called = {node.func.id for node in ast.walk(salt) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
     assert {"dmd_loss", "sc_loss", "align_loss", "draw_triple", "critic_loss", "rollout"} <= called
     assert salt.end_lineno - salt.lineno < 100
+
+
+def test_a_row_sets_only_what_its_function_reads():
+    """Bug: a setting of a row that the loop, evaluation or sampling reads, too, which see the flag's value."""
+    for stage in STAGES.values():
+        assert dict(stage.settings).keys() <= ROW_MAY_SET
+    cfg = Config(rollout_steps=2, lambda_sc=0.3)
+    assert for_stage(cfg, "naive_sc").mixed_steps == (2,) and for_stage(cfg, "naive_sc").lambda_sc == 0.3
+    assert for_stage(cfg, "self_forcing").lambda_sc == 0 and for_stage(cfg, "salt") == cfg
 
 
 def test_about_sixty_flags():
