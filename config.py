@@ -1,7 +1,7 @@
 """The settings of a run, the papers' values of them at Wan's size, and the table of all stages.
 
     Config      every setting, with the toy's default; those with a help text are flags of train.py
-    STAGES      every method that can be trained: what it starts from, what teaches it, how it is sampled
+    STAGES      every method that can be trained: what it starts from, what teaches it by DMD, how it is sampled
     PRESETS     settings of the papers' methods at Wan's size, each value with its source
     parse       the command line's Config;   check    ValueError for settings that could only fail later
 
@@ -21,7 +21,7 @@ What differs from the papers all the same, besides docs/differences.md:
   - The critic's updates come before the generator's. In CF and SF the generator is first.
   - Causal ODE draws a time for every chunk, CF one for the clip.
   - Salt's autoregressive students start from `causal_cd` (--init causal_ode: the start of Causal Forcing, on which Salt
-    builds). Its generator's learning rate is "2 x 1075" in the scan, perhaps 2e-5; ours is CF's, 2e-6. Its batch and
+    builds). Its generator's learning rate is printed as "2 x 1075", perhaps 2e-5; ours is CF's, 2e-6. Its batch and
     number of updates are CF++'s.
   - SF publishes neither the training of its start nor the number of trajectories: these are CF's. Its script solves
     them at shift 8, and it trains at 5; here both are --shift.
@@ -49,7 +49,7 @@ from worlds import WORLDS
 
 def flag(default, help, group="bidirectional"):
     """A setting that is a flag of train.py. group: the hyperparameter groups (worlds.draws.GROUPS) whose weights depend
-    on it, "each" that a stage may have for itself, or "none". A stage depends on what its teachers depend on, too."""
+    on it; "each": every stage may have its own value; "none". A stage depends on what its teachers depend on, too."""
     return field(default=default, metadata={"help": help, "group": group})
 
 
@@ -114,7 +114,7 @@ class Config:
     teacher_forcing_weight: str = setting("flat", "teacher_forcing")  # of its loss by t: flat, or bell (flowmap.py)
 
     # distillation along the teacher's trajectories: causal_cd; bidirectional_ode, causal_ode, pcm, scfm
-    shift: float = flag(5.0, "timestep shift of inference grids (CF++: 5)", "trajectory dmd")
+    shift: float = flag(5.0, "timestep shift of inference and training grids (CF++: 5)", "trajectory dmd")
     guidance: float = flag(1.5, "teacher guidance w in v_u + w (v_c - v_u)", "trajectory")
     trajectory_steps: int = flag(900, "updates of a distillation along trajectories", "trajectory")
     trajectory_lr: float = flag(1e-3, "learning rate", "trajectory")
@@ -147,7 +147,7 @@ class Config:
                                    "at ts and at tm", "dmd")
     lambda_align: float = flag(0.5, "weight of alignment, at the smaller K (ours; VideoREPA's TRD weight)", "dmd")
     align_warmup: float = flag(0.25, "fraction of the stage before alignment starts (Salt: 600 iterations)", "dmd")
-    align_prob: float = flag(0.5, "fraction of later updates that use it (ours; Salt: 'stochastically')", "dmd")
+    align_prob: float = flag(0.5, "its probability in later updates of K < 8 (ours; Salt: 'stochastically')", "dmd")
 
     eval_clips: int = flag(256, "clips behind each row of the table", "none")
     eval_seed: int = flag(0, "prompts and noise of the table; settings were chosen on 0, docs report 1", "none")
@@ -158,8 +158,8 @@ class Config:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Stages. `method` names the function that trains it, where that is not its own name, and `settings` what the stage sets
-# for itself: five methods are Salt without some of its parts, which is Salt's Table 5. A row may set only what that
-# function alone reads (ROW_MAY_SET); the loop, evaluation and sampling read the flags.
+# for itself: five methods are Salt without some of its parts, two of them rows of Salt's Table 5. A row may set only
+# what that function alone reads (ROW_MAY_SET); the loop and evaluation read the flags.
 
 ROW_MAY_SET = {"one_k", "lambda_sc", "lambda_align", "train_grid"}
 
@@ -376,7 +376,7 @@ def check_numbers(cfg: Config):
 
 
 def check(cfg: Config, ranks: int = 1):
-    """ValueError for a setting that could only fail later, on so many ranks."""
+    """ValueError for settings that would only fail later, given the number of ranks."""
     need = partial(errors.need, cfg, flag_of=option)
     check_numbers(cfg)
     for name, choices in CHOICES.items():
@@ -448,8 +448,8 @@ def recorded(then: dict, name: str, default):
 
 
 def same_settings(cfg, stage, path, then: dict, of_another=False):
-    """A stage's weights belong to the settings that made them, its own and those of the stages before. of_another: they
-    are read by another stage, which may differ in what each has for itself, and where both have their presets' own."""
+    """ValueError unless weights were made with these settings, of their stage and of the stages before it. of_another:
+    another stage reads them; then settings of group "each" may differ, and one that has its preset's value in both."""
     groups = groups_behind(cfg, stage) | (set() if of_another else {"each"})
     own_now, own_then = (preset_of(cfg.size, *of) if of_another else {}
                          for of in ((cfg.stage, cfg.preset), (stage, then.get("preset", ""))))

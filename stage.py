@@ -101,7 +101,7 @@ def build(cfg, weights: dict | None = None, seed=0, windowed=False, size="", dty
     config = SIZES[size or cfg.size]
     if windowed:
         config = replace(config, window=cfg.window or None, sink=cfg.sink)
-    if dry_run(cfg):  # on the meta device all is as in the forward
+    if dry_run(cfg):  # which has the weights in the forward's precision alone
         dtype = low_precision(cfg)
     with torch.device("meta"):
         net = flops.count(CausalWan(config).to(dtype))
@@ -137,13 +137,13 @@ def student_and_average(cfg, weights, windowed=False, seed=0) -> tuple[CausalWan
 
 
 def build_teacher(cfg, weights, **size) -> CausalWan:
-    """Frozen; inference only: without gradients or fp32 weights behind it."""
+    """Frozen, inference only: without gradients, and in --precision alone."""
     return frozen(build(cfg, weights, dtype=low_precision(cfg), **size))
 
 
 def score_models(cfg, stage) -> tuple:
     """The teacher of DMD, of --teacher-size from --teacher-out where these are given, and the critic, of the student's
-    size. Both have the weights of a finished stage."""
+    size. Both start from the weights of `stage`."""
     size, out = cfg.teacher_size or cfg.size, cfg.teacher_out or cfg.out
     teacher = build_teacher(cfg, load_finished(replace(cfg, size=size, out=out), stage), size=size)
     return teacher, build(cfg, load_finished(cfg, stage))
@@ -223,7 +223,7 @@ def regression(cfg, group, net, ema, loss_of, cost=None) -> Training:
 
     def update(step):
         lr = getattr(cfg, f"{group}_lr") * lr_factor(cfg, step, steps)
-        metrics = optimizer_step(cfg, net, optimizer, lambda part: loss_of(Draw(cfg, source, group, step, part)), lr,
+        metrics = optimizer_step(cfg, net, optimizer, lambda s: loss_of(Draw(cfg, source, group, step, s)), lr,
                                  f"--{group}-lr".replace("_", "-"))
         update_ema(ema, net, ema_decay(cfg, decay, step))
         return metrics
@@ -242,21 +242,21 @@ def alternate(cfg, net, ema, critic, generator_step, critic_step, head=None) -> 
     optimizer, critic_optimizer = adamw(net, cfg.dmd_betas), adamw(trained, cfg.dmd_betas)
     updates, source, images = cfg.steps_of("dmd"), source_of(cfg), {}
 
-    def generator_loss(step, part):
-        loss, metrics = generator_step(Draw(cfg, source, "dmd", step, part))
+    def generator_loss_of(step, batch_slice):
+        loss, metrics = generator_step(Draw(cfg, source, "dmd", step, batch_slice))
         x0 = metrics.pop("x0").detach()
         images.update(generator=x0, teacher=metrics.pop("x0_real"), critic=metrics.pop("x0_fake"))
         return loss, metrics | clip_statistics(x0, cfg.chunk)
 
-    def critic_loss(step, which, part):
-        return critic_step(Draw(cfg, source, "dmd", step, part, which))
+    def critic_loss_of(step, which, batch_slice):
+        return critic_step(Draw(cfg, source, "dmd", step, batch_slice, which))
 
     def update(step):
         factor = lr_factor(cfg, step, updates)
         for which in range(1, 1 + cfg.critic_steps):
-            critic_metrics = optimizer_step(cfg, trained, critic_optimizer, partial(critic_loss, step, which),
+            critic_metrics = optimizer_step(cfg, trained, critic_optimizer, partial(critic_loss_of, step, which),
                                             cfg.critic_lr * factor, "--critic-lr")
-        metrics = optimizer_step(cfg, net, optimizer, partial(generator_loss, step), cfg.dmd_lr * factor, "--dmd-lr")
+        metrics = optimizer_step(cfg, net, optimizer, partial(generator_loss_of, step), cfg.dmd_lr * factor, "--dmd-lr")
         update_ema(ema, net, ema_decay(cfg, cfg.dmd_ema, step, cfg.dmd_ema_start))
         metrics |= {k: int(v) for k, v in metrics.items() if k in ("K", "exit_step", "first_exit")}
         metrics |= {k if k.startswith("critic") else f"critic_{k}": v for k, v in critic_metrics.items()}

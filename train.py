@@ -106,17 +106,18 @@ def salt(cfg, start) -> Training:
     """Salt's autoregressive training, asymmetric DMD (CF++ Stage 3) on rollouts of the student's own:
 
         repeat  draw K in {2, 4, 8} and an exit step below K; roll out a clip of K steps a chunk, in which every chunk
-                exits there; noise the clip again to one t; follow teacher minus critic there         Salt Eq. 4
+                exits there (a first chunk with more steps than K exits at one of its own); noise the clip again to one
+                t; follow teacher minus critic there                                                  Salt Eq. 4
                 if K = 8:        add lambda_sc L_SC, of every chunk behind its own past               Salt Eq. 8, 9
-                if K in {2, 4}:  after a warm-up, in a random fraction of the updates, roll out again from the same
-                                 noise with 2 K steps, and add lambda_align L_align                   Salt Eq. 11, 12
+                if K in {2, 4}:  after a warm-up, with probability align_prob, roll out again from the same noise with
+                                 2 K steps, and add lambda_align L_align                              Salt Eq. 11, 12
 
     Together: min L_DMD + lambda_sc L_SC 1[K = 8] + lambda_align L_align 1[K in {2, 4}]               Salt Eq. 13
 
     Self Forcing, Causal Forcing, CF++ and two rows of Salt's Table 5 are this function with other settings (STAGES in
     config.py). The student is causal; teacher and critic are bidirectional and look at the whole clip. Salt does not
-    say from which grid naive_sc takes te. Ours: with one K, tm is from T^(K) and te from T^(K/2) or 0, as in Salt with
-    8 and 4.
+    say from which grid naive_sc takes te. Ours: with a single K, tm is from T^(K) and te from T^(K/2) or 0, as they are
+    from T^(8) and T^(4) in Salt.
     """
     net, ema = student_and_average(cfg, load_finished(cfg, start), windowed=True)
     teacher, critic = score_models(cfg, "bidirectional")
@@ -165,8 +166,8 @@ def salt(cfg, start) -> Training:
 
         warm = draw.step >= cfg.align_warmup * cfg.steps_of("dmd")
         if k < largest_k and warm and cfg.lambda_align > 0 and draw.coin(cfg.align_prob):
-            with torch.no_grad():  # the next denser schedule, from the same noise, exits at the same fraction of steps
-                # the first chunk has 2 K steps in place of K only where both are more than its minimum
+            with torch.no_grad():  # the next denser schedule, from the same noise; 2 n of 2 K steps for n of K
+                # twice as many steps for the first chunk, too, where K is at least its minimum
                 longer_first = max(2 * k, cfg.first_steps) // max(k, cfg.first_steps)
                 x_ref = joined(rollout(cfg, net, text, noise, 2 * k, 2 * exit_step + 1,
                                        longer_first * (first_exit + 1) - 1))
@@ -198,19 +199,19 @@ def begin(cfg, stage) -> Training:
 # The loop: resume, update, log, save
 
 def run_stage(cfg, stage, most=sys.maxsize, until=float("inf")) -> int:
-    """Train one stage to its end, for `most` updates, or until a time. Returns the number of updates made; `most` if
-    it was asked to stop."""
+    """Train one stage to its end, for `most` updates, or until a time. Returns how much of `most` is used up: the
+    updates made, or all of it if it was asked to stop."""
     steps, weights, states = cfg.steps_of(STAGES[stage].group), path_of(cfg, stage), states_of(cfg, stage)
     if ranks.on_rank_0(lambda: is_finished(cfg, stage)):
         ranks.on_rank_0(lambda: check_finished(cfg, stage))
         say(f"{stage}: already trained, in {weights}")
         return 0
     metadata = {"stage": stage, "size": cfg.size, "step": 0, "seconds": 0.0, "nonfinite": 0, "config": asdict(cfg),
-                "row": dict(STAGES[stage].settings), "data": source_of(cfg).digest()}  # a wrong --data is told at once
+                "row": dict(STAGES[stage].settings), "data": source_of(cfg).digest()}  # a wrong --data fails now
     checkpoint.clear(states)
     if newest := checkpoint.newest_intact(states):
         metadata = ranks.on_rank_0(lambda: check_checkpoint(cfg, stage, newest, metadata["data"]))
-    ranks.on_rank_0(lambda: check_what_is_read(cfg, stage))
+    ranks.on_rank_0(lambda: check_start_and_teacher(cfg, stage))
     training = begin(cfg, stage)
     tensors = checkpoint.state_of(training)
     if newest:
@@ -261,7 +262,7 @@ def states_of(cfg, stage) -> Path:
 
 
 def export(cfg, stage, training, metadata: dict):
-    """Write what a finished stage is for: single files with official names, the raw weights first, then the EMA's."""
+    """Write a finished stage's weights, single files with official names: the raw ones first, then the EMA's."""
     metadata |= {k: getattr(STAGES[stage], k) for k in ("causal", "few_step", "solver")}
     metadata |= {"saved": time.time(), **training.cost}
     for net, suffix in (("net", "_raw"), ("ema", "")):
@@ -308,12 +309,12 @@ def check_same_data(cfg, path, then, now):
                          "trained on, expected the same: change --data or --out")
 
 
-def check_what_is_read(cfg, stage):
+def check_start_and_teacher(cfg, stage):
     """ValueError if a stage would start or learn from weights that were trained with other settings."""
     start, teacher = start_of(cfg, stage), "" if cfg.teacher_out else STAGES[stage].teacher
     for other in {start, teacher} - {None, ""}:
         path = path_of(cfg, other)
-        metadata = metadata_of(path) if path.is_file() else {"source": "nowhere"}  # an error where it is read
+        metadata = metadata_of(path) if path.is_file() else {"source": "nowhere"}  # load_finished will say so
         if "source" not in metadata and isinstance(metadata.get("config"), dict):  # convert records others' weights
             same_settings(replace(cfg, init=""), other, path, metadata["config"], of_another=True)
 
@@ -329,8 +330,8 @@ def counters(cfg, stage, step, nonfinite) -> dict:
 
 
 def readable(metrics: dict) -> dict:
-    """Metrics as JSON numbers and lists; of sums, counts and squares, which slices of a batch can be averaged over,
-    come the critic's loss by quarter of t and the standard deviation of chunks."""
+    """Metrics as JSON numbers and lists. Sums, counts and squares, which can be averaged over slices of a batch, become
+    the critic's loss by quarter of t and the standard deviation of chunks."""
     plain = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in metrics.items()}
     if "critic_t_sum" in plain:
         sums_and_counts = zip(plain.pop("critic_t_sum"), plain.pop("critic_t_count"))
@@ -341,7 +342,7 @@ def readable(metrics: dict) -> dict:
 
 
 def log_line(stage, step, steps, metrics) -> str:
-    """salt 50/200 | dmd_grad .37 | critic_loss .27 | K 4 | 1.8 s"""
+    """salt 50/200 | dmd_grad 0.37 | critic_loss 0.27 | K 4 | 1.8 s"""
     shown = [k for k in ("dmd_grad", "critic_loss", "sc", "align", "K") if metrics.get(k) is not None] or ["loss"]
     numbers = [f"{k} {metrics[k]:.3g}" for k in shown if isinstance(metrics.get(k), float | int)]
     return " | ".join([f"{stage} {step}/{steps}", *numbers, f"{metrics['seconds']:.2g} s"])

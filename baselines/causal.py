@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from baselines.whole_clip import scores_compared, simulated
+from baselines.whole_clip import backward_simulation, score_times_and_noise
 from causal_cd import draw_index
 from cluster import ranks
 from cluster.files import metadata_of, read_tensors, write_tensors
@@ -166,18 +166,18 @@ def causal_dmd(cfg, start) -> Training:
         layout = {"chunk": cfg.chunk, "clean": clean}
         exit_step = draw.integer(len(grid))
         noise = draw.noise(len(grid), *video_shape(cfg))
-        return simulated(net, noise, grid, exit_step, text, **layout), text, layout, exit_step
+        return backward_simulation(net, noise, grid, exit_step, text, **layout), text, layout, exit_step
 
     def generator_step(draw):
         x0, text, layout, exit_step = generated(draw)
-        t, eps = scores_compared(cfg, draw, x0)
+        t, eps = score_times_and_noise(cfg, draw, x0)
         loss, metrics = dmd_loss(x0, text, critic, guided_teacher, t, eps, **layout)                        # CF++ Eq. 7
         return loss, metrics | {"x0": x0, "exit_step": exit_step}
 
     def critic_step(draw):
         with torch.no_grad():
             x0, text, layout, _ = generated(draw)
-        return critic_loss(critic, x0, text, *scores_compared(cfg, draw, x0), **layout)
+        return critic_loss(critic, x0, text, *score_times_and_noise(cfg, draw, x0), **layout)
 
     return alternate(cfg, net, ema, critic, generator_step, critic_step)
 
@@ -198,13 +198,13 @@ def causvid(cfg, start) -> Training:
 
     def generator_step(draw):
         x0, text = generated(draw)
-        loss, metrics = dmd_loss(x0, text, critic, guided_teacher, *scores_compared(cfg, draw, x0))         # CF++ Eq. 6
+        loss, metrics = dmd_loss(x0, text, critic, guided_teacher, *score_times_and_noise(cfg, draw, x0))  # CF++ Eq. 6
         return loss, metrics | {"x0": x0}
 
     def critic_step(draw):
         with torch.no_grad():
             x0, text = generated(draw)
-        return critic_loss(critic, x0, text, *scores_compared(cfg, draw, x0))
+        return critic_loss(critic, x0, text, *score_times_and_noise(cfg, draw, x0))
 
     return alternate(cfg, net, ema, critic, generator_step, critic_step)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from baselines.whole_clip import denoised_clips, networks, own_state, scores_compared
+from baselines.whole_clip import denoised_clips, networks, own_state, score_times_and_noise
 from causal_cd import draw_index
 from dmd import critic_loss, dmd_loss
 from flowmap import add_noise, euler, expand_like, schedule, shift_timesteps, squared_error
@@ -19,7 +19,7 @@ from stage import Training, alternate, build_teacher, guide, load_finished, regr
 from worlds.draws import SHORTCUT
 
 SHORTCUT_GRID = 32  # timesteps of the dense grid of scfm and dmd4_scfm, a power of two
-PHASES = 4  # of pcm, and its sampling steps; they divide --trajectory-grid
+PHASES = 4  # of pcm, and its sampling steps; they divide trajectory_grid
 LAMBDA_SCFM = 1.0  # weight of the shortcut loss in dmd4_scfm (ours)
 LAMBDA_RCM = 1.0  # weight of the consistency loss in rcm, in units of rCM's own
 RCM_WEIGHT = 50  # of consistency against DMD in rCM's code: 100 to 1, with a DMD loss that lacks our factor of 1/2
@@ -88,14 +88,14 @@ def dmd4_scfm(cfg, start) -> Training:
 
     def generator_step(draw):
         x0, text = denoised_clips(cfg, net, draw, grid)
-        loss, metrics = dmd_loss(x0, text, critic, teacher, *scores_compared(cfg, draw, x0))                # Salt Eq. 4
+        loss, metrics = dmd_loss(x0, text, critic, teacher, *score_times_and_noise(cfg, draw, x0))         # Salt Eq. 4
         metrics["scfm"], _ = dense_shortcut(cfg, draw, net, ema, teacher, *draw.clips())
         return loss + LAMBDA_SCFM * metrics["scfm"], metrics | {"x0": x0}
 
     def critic_step(draw):
         with torch.no_grad():
             x0, text = denoised_clips(cfg, net, draw, grid)
-        return critic_loss(critic, x0, text, *scores_compared(cfg, draw, x0))
+        return critic_loss(critic, x0, text, *score_times_and_noise(cfg, draw, x0))
 
     return alternate(cfg, net, ema, critic, generator_step, critic_step)
 
@@ -179,7 +179,7 @@ def rcm(cfg, start) -> Training:
 
     def generator_step(draw):
         x0, text, exit_step = own_state(cfg, net, draw, grid)
-        t, eps = scores_compared(cfg, draw, x0)
+        t, eps = score_times_and_noise(cfg, draw, x0)
         loss, metrics = dmd_loss(x0, text, critic, teacher, t, eps)                                         # Salt Eq. 4
         real, real_text = draw.clips()
         u = torch.rand(cfg.batch, 1, generator=draw.g).expand(-1, cfg.frames)
@@ -190,7 +190,7 @@ def rcm(cfg, start) -> Training:
     def critic_step(draw):
         with torch.no_grad():
             x0, text, _ = own_state(cfg, net, draw, grid)
-        return critic_loss(critic, x0, text, *scores_compared(cfg, draw, x0))
+        return critic_loss(critic, x0, text, *score_times_and_noise(cfg, draw, x0))
 
     return alternate(cfg, net, ema, critic, generator_step, critic_step)
 

@@ -47,7 +47,7 @@ def denoised_clips(cfg, net, draw, grid) -> tuple:
     return to_x0(x_t, net(x_t, t, text), t), text
 
 
-def scores_compared(cfg, draw, x0) -> tuple[Tensor, Tensor]:
+def score_times_and_noise(cfg, draw, x0) -> tuple[Tensor, Tensor]:
     """The timesteps at which scores are compared, one for each clip, and the noise that takes x0 there."""
     t = draw.mine(score_times(cfg.batch, cfg.frames, cfg.score_shift, draw.g))
     return t, draw.noise_like(x0, RENOISE)
@@ -77,7 +77,7 @@ def sc_dmd(cfg, start, gan=False) -> Training:
             tm, te = draw_triples(every_ts, train_grid, train_grid[::2], draw.generator(TRIPLE))            # Salt Eq. 9
             tm, te = draw.mine(tm), draw.mine(te)
             terms["sc"], _ = sc_loss(lambda x, t: net(x, t, text), x_ts, v, ts, tm, te, cfg.sc_through)     # Salt Eq. 8
-        t, eps = scores_compared(cfg, draw, x0)
+        t, eps = score_times_and_noise(cfg, draw, x0)
         loss, metrics = dmd_loss(x0, text, critic, teacher, t, eps)                                         # Salt Eq. 4
         if gan:
             terms["gan"] = generator_gan_loss(logits(x0, text, t, eps))
@@ -87,7 +87,7 @@ def sc_dmd(cfg, start, gan=False) -> Training:
     def critic_step(draw):
         with torch.no_grad():
             x0, text = denoised_clips(cfg, net, draw, train_grid)
-        t, eps = scores_compared(cfg, draw, x0)
+        t, eps = score_times_and_noise(cfg, draw, x0)
         loss, metrics = critic_loss(critic, x0, text, t, eps)
         if gan:
             real, text_of_real = draw.clips()
@@ -109,13 +109,13 @@ def dmd_backward(cfg, start) -> Training:
 
     def generator_step(draw):
         x0, text, exit_step = own_state(cfg, net, draw, grid)
-        loss, metrics = dmd_loss(x0, text, critic, teacher, *scores_compared(cfg, draw, x0))                # Salt Eq. 4
+        loss, metrics = dmd_loss(x0, text, critic, teacher, *score_times_and_noise(cfg, draw, x0))         # Salt Eq. 4
         return loss, metrics | {"x0": x0, "exit_step": exit_step}
 
     def critic_step(draw):
         with torch.no_grad():
             x0, text, _ = own_state(cfg, net, draw, grid)
-        return critic_loss(critic, x0, text, *scores_compared(cfg, draw, x0))
+        return critic_loss(critic, x0, text, *score_times_and_noise(cfg, draw, x0))
 
     return alternate(cfg, net, ema, critic, generator_step, critic_step)
 
@@ -124,10 +124,10 @@ def own_state(cfg, net, draw, grid) -> tuple[Tensor, Tensor, int]:
     """Backward simulation: x0 `b f c h w` from a random step of the student's own path, its text, and that step."""
     exit_step = draw.integer(len(grid))
     noise, text = draw.noise(len(grid), *video_shape(cfg)), draw.prompts()
-    return simulated(net, noise, grid, exit_step, text), text, exit_step
+    return backward_simulation(net, noise, grid, exit_step, text), text, exit_step
 
 
-def simulated(net, noise: Tensor, grid: Tensor, exit_step: int, text, **layout) -> Tensor:
+def backward_simulation(net, noise: Tensor, grid: Tensor, exit_step: int, text, **layout) -> Tensor:
     """Backward simulation (DMD2): walk from noise to grid[exit_step] by the CM solver, without gradient, then denoise.
 
     noise: `b K f c h w`, K > exit_step. Returns x_0 `b f c h w`.
