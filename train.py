@@ -1,6 +1,6 @@
 """Train a few-step autoregressive video model through every stage of Salt and Causal Forcing++.
 
-    python train.py                          # the toy recipe: four stages on a laptop, about 15 minutes on 2 CPU cores
+    python train.py                          # the toy recipe: four stages on a laptop, about 20 minutes on 2 CPU cores
     python train.py --stage causal_cd        # one stage; it starts from what the stages before left in --out
     python train.py --stage self_forcing     # a baseline of the papers: config.STAGES lists them
     python train.py --train-longer 3 --out runs/long      # the same recipe, three times as long
