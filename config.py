@@ -163,6 +163,7 @@ class Config:
 
 ROW_MAY_SET = {"one_k", "lambda_sc", "lambda_align", "train_grid"}
 
+
 @dataclass(frozen=True)
 class Stage:
     group: str  # of GROUPS: --GROUP-steps, --GROUP-lr, ...
@@ -172,8 +173,8 @@ class Stage:
     few_step: bool = True  # a student: 1, 2, 4 steps without guidance
     solver: str = "cm"  # that samples it
     windowed: bool = False  # sees only --window frames
-    method: str = ""
-    settings: tuple = ()
+    method: str = ""  # the function that trains it; "": that of its own name
+    settings: tuple = ()  # (name, value) of what for_stage replaces
 
 
 def whole_clip(group="dmd", solver="cm", method="", **settings):

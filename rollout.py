@@ -55,13 +55,13 @@ def stream(net, noise: Callable[[int, int], Tensor], text, grid: Tensor, *, num_
 
     net: a causal network or flowmap.Guided. noise(i, k): `b n c h w`, for chunk i the start (k = 0) or what the CM
     solver adds at the k-th timestep. text: `b l d`, or a flowmap.Condition with the rows of all frames to make, or a
-    callable that gives the condition of chunk i when it is due (the same words object while the prompt stays, or
-    commits are not fused). grid, first_grid: descending timesteps without 0.
-    exit_step, first_exit: stop every chunk at this index of grid, and the first at that of first_grid; by default at
-    the last one, and the first chunk with the others where its grid is theirs. Gradient flows through that last
-    step only, where the caller has it enabled. cache: a past to continue from; if it is not empty, no chunk counts
-    as the first. commit_last: the last chunk too, for a cache that is continued from. fused: without gradient, commit a
-    chunk in one forward with the first step of the next.
+    callable that gives the condition of chunk i when it is due (while the prompt stays, the same object of words, or
+    commits are not fused). grid, first_grid: descending timesteps without 0. exit_step, first_exit: stop every chunk at
+    this index of grid, and the first at that of first_grid; by default at the last one, and the first chunk with the
+    others where its grid is theirs. Gradient flows through that last step only, where the caller has it enabled. cache:
+    a past to continue from; if it is not empty, no chunk counts as the first. commit_last: the last chunk too, for a
+    cache that is continued from. fused: without gradient, commit a chunk in one forward with the first step of the
+    next.
     """
     cache = net.new_cache() if cache is None else cache
     exit_step = len(grid) - 1 if exit_step is None else exit_step

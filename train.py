@@ -134,7 +134,7 @@ def salt(cfg, start) -> Training:
         if k < cfg.first_steps:  # the first chunk has a grid of its own, and any step of it may be its exit
             first_exit = int(torch.randint(cfg.first_steps, (), generator=draw.generator(FIRST_EXIT)))
         text, noise = draw.prompts(), draw.noise(densest, *video_shape(cfg))
-        if draw.batch_slice == ranks.my_slices(cfg.batch, cfg.accum)[0]:
+        if draw.batch_slice == ranks.my_slices(cfg.batch, cfg.accum)[0]:  # ranks that differ would wait for ever
             ranks.check_in_sync(f"a rollout of {k} steps, exit {exit_step}, {first_exit} in the first chunk")
         return k, exit_step, first_exit, text, noise
 

@@ -34,8 +34,8 @@ def networks(cfg, start) -> tuple:
 
 
 def noised_clips(cfg, draw, grid) -> tuple:
-    """Noised real clips, each at its own timestep of the grid (Salt: no backward simulation): x_t, text, t `b`, and
-    the timesteps of the whole batch."""
+    """Noised real clips, each at its own timestep of the grid (Salt: no backward simulation): x_t, text, t `b` of this
+    slice, and t of the whole batch."""
     x0, text = draw.clips()
     t = grid[torch.randint(len(grid), (cfg.batch,), generator=draw.g)]
     return add_noise(x0, draw.noise_like(x0), t[draw.batch_slice]), text, draw.mine(t), t
@@ -72,17 +72,19 @@ def sc_dmd(cfg, start, gan=False) -> Training:
     def generator_step(draw):
         x_ts, text, ts, every_ts = noised_clips(cfg, draw, train_grid)
         v = net(x_ts, ts, text)
-        x0, terms = to_x0(x_ts, v, ts), {"sc": 0, "gan": 0}
+        x0, l_sc, l_gan = to_x0(x_ts, v, ts), 0, 0
         if cfg.lambda_sc > 0:
             tm, te = draw_triples(every_ts, train_grid, train_grid[::2], draw.generator(TRIPLE))            # Salt Eq. 9
             tm, te = draw.mine(tm), draw.mine(te)
-            terms["sc"], _ = sc_loss(lambda x, t: net(x, t, text), x_ts, v, ts, tm, te, cfg.sc_through)     # Salt Eq. 8
+            l_sc, _ = sc_loss(lambda x, t: net(x, t, text), x_ts, v, ts, tm, te, cfg.sc_through)            # Salt Eq. 8
         t, eps = score_times_and_noise(cfg, draw, x0)
         loss, metrics = dmd_loss(x0, text, critic, teacher, t, eps)                                         # Salt Eq. 4
+        if cfg.lambda_sc > 0:
+            metrics["sc"] = l_sc
         if gan:
-            terms["gan"] = generator_gan_loss(logits(x0, text, t, eps))
-        loss = loss + (cfg.lambda_sc * terms["sc"] + LAMBDA_GAN * terms["gan"])                            # Salt Eq. 10
-        return loss, metrics | {k: v for k, v in terms.items() if torch.is_tensor(v)} | {"x0": x0}
+            metrics["gan"] = l_gan = generator_gan_loss(logits(x0, text, t, eps))
+        loss = loss + (cfg.lambda_sc * l_sc + LAMBDA_GAN * l_gan)                                          # Salt Eq. 10
+        return loss, metrics | {"x0": x0}
 
     def critic_step(draw):
         with torch.no_grad():
@@ -102,8 +104,8 @@ def sc_dmd_gan(cfg, start) -> Training:
 
 
 def dmd_backward(cfg, start) -> Training:
-    """DMD where the student denoises states of its own path from noise. One exit step for all clips, as in DMD2: it
-    says how many forwards there are."""
+    """DMD where the student denoises states of its own path from noise. All clips share one exit step, as in
+    DMD2, since it sets how many forwards run."""
     net, ema, teacher, critic = networks(cfg, start)
     grid = schedule(cfg.train_grid, cfg.shift)
 

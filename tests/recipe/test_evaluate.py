@@ -219,3 +219,18 @@ def test_a_world_draws_its_own_clips(tmp_path, monkeypatch):
         evaluate.draw_clips(config(tmp_path, world=world), {"clips": x}, tmp_path / world)
     grey, colour = (Image.open(tmp_path / f"{world}.png").convert("RGB") for world in ("grey", "toy"))
     assert grey.size == colour.size and grey.tobytes() != colour.tobytes()
+
+
+def test_weights_of_another_row_are_named(finished):
+    """Bug: a row of STAGES that was edited between two runs, whose weights are taken as trained with today's."""
+    cfg = finished("mixed_sc")
+    train.check_finished(cfg, "mixed_sc")  # an older run has recorded no row
+    for row in ({"lambda_align": 0.0}, {"lambda_align": 5.0}):
+        for suffix in ("", "_raw"):
+            weights, metadata = read_tensors(path_of(cfg, "mixed_sc", suffix))
+            write_tensors(path_of(cfg, "mixed_sc", suffix), weights, metadata | {"row": row})
+        if row == dict(STAGES["mixed_sc"].settings):
+            train.check_finished(cfg, "mixed_sc")
+        else:
+            with pytest.raises(ValueError, match="lambda_align.: 5.0.*in its row of STAGES.*--out"):
+                train.check_finished(cfg, "mixed_sc")
