@@ -204,8 +204,10 @@ STAGES = {
     # baselines/whole_clip.py and consistency.py: not autoregressive (Salt Tab. 1, 2, 4, A.1)
     "dmd4": whole_clip(method="sc_dmd", train_grid=4, lambda_sc=0.0),
     "dmd8": whole_clip(method="sc_dmd", train_grid=8, lambda_sc=0.0),
+    "dmd16": whole_clip(method="sc_dmd", train_grid=16, lambda_sc=0.0),
     "dmd4_backward": whole_clip(method="dmd_backward", train_grid=4),
     "dmd8_backward": whole_clip(method="dmd_backward", train_grid=8),
+    "dmd16_backward": whole_clip(method="dmd_backward", train_grid=16),
     "sc_dmd": whole_clip(),
     "sc_dmd_gan": whole_clip(),
     "scfm": whole_clip("trajectory", solver="euler"),
@@ -310,8 +312,8 @@ PRESETS = {
 }
 
 PRESET_OF_STAGE = {  # the preset of a stage if none is given; of the others: salt
-    **dict.fromkeys(("dmd4", "dmd8", "dmd4_backward", "dmd8_backward", "sc_dmd", "sc_dmd_gan", "scfm", "dmd4_scfm",
-                     "pcm", "rcm"), "sc_dmd"),
+    **dict.fromkeys(("dmd4", "dmd8", "dmd16", "dmd4_backward", "dmd8_backward", "dmd16_backward", "sc_dmd",
+                     "sc_dmd_gan", "scfm", "dmd4_scfm", "pcm", "rcm"), "sc_dmd"),
     **dict.fromkeys(("bidirectional_ode", "causvid", "self_forcing"), "self_forcing"),
     **dict.fromkeys(("causal_ode", "causal_forcing"), "causal_forcing"),
     **dict.fromkeys(("causal_dmd", "causal_forcing_pp"), "causal_forcing_pp"),

@@ -1,7 +1,9 @@
 """Measure and draw what a run on a world left: every stage on the same prompts and noise.
 
-A row of the table is a finished stage, its weights (EMA or raw) and a number of steps; its columns are the world's
-metrics (worlds/toy.py) and the semigroup defect. All of it runs in one process, on whole networks.
+A row of the table is a finished stage, its weights (EMA or raw), a solver and a number of steps; its columns are the
+world's metrics (worlds/toy.py) and the semigroup defect. Students that make the whole clip at once are also asked, with
+their EMA weights, whether different numbers of steps lead from one noise to one clip (Salt Fig. 5), and how bright one
+jump leaves a noised real clip. All of it runs in one process, on whole networks.
 """
 
 import json
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from cluster.files import metadata_of, replacing, write_text
 from config import STAGES, recorded
-from flowmap import Guided, sample, schedule
+from flowmap import Guided, add_noise, sample, schedule, squared_error, to_x0
 from model import SIZES, CausalWan
 from rollout import joined, stream
 from sc_loss import path_defects
@@ -67,8 +69,9 @@ def alike(a, b) -> bool:
 
 
 @torch.no_grad()
-def generate(cfg, stage, net, steps, labels, noise) -> Tensor:
-    """Clips as this stage's model samples them. labels `b`; noise `b K f c h w` as in rollout.shared_noise."""
+def generate(cfg, stage, net, steps, labels, noise, solver="") -> Tensor:
+    """Clips as this stage's model samples them. labels `b`; noise `b K f c h w` as in rollout.shared_noise. solver: of
+    a student that makes the whole clip at once; "": its own."""
     text, how, grid = WORLDS[cfg.world].embed(labels).to(cfg.device), STAGES[stage], schedule(steps, cfg.shift)
     if how.causal and how.few_step:
         return joined(rollout(cfg, net, text, noise, steps))
@@ -78,7 +81,7 @@ def generate(cfg, stage, net, steps, labels, noise) -> Tensor:
         return joined(stream(net, lambda i, k: noise[:, 0, i * cfg.chunk : (i + 1) * cfg.chunk], text, grid,
                              num_chunks=cfg.frames // cfg.chunk, solver=how.solver))
     stride = max(1, noise.shape[1] // steps)  # the grids nest: equal timesteps get equal noise
-    return sample(lambda x, t: net(x, t, text), noise[:, ::stride], grid, how.solver)
+    return sample(lambda x, t: net(x, t, text), noise[:, ::stride], grid, solver or how.solver)
 
 
 def guided(cfg, net):
@@ -86,18 +89,21 @@ def guided(cfg, net):
 
 
 def evaluation_set(cfg, clips):
-    """Real clips, labels and noise that no training ever draws."""
+    """Real clips, labels and noise that no training ever draws: noise for twice as many steps as the largest K, every
+    second one for K steps."""
     real, labels = WORLDS[cfg.world].clips(range(clips), cfg.frames, EVALUATE, cfg.eval_seed, 0)
-    noise = noises(range(clips), (max(cfg.mixed_steps), *video_shape(cfg)), EVALUATE, cfg.eval_seed, 1)
+    shape = max(cfg.mixed_steps), *video_shape(cfg)
+    noise, between = (noises(range(clips), shape, EVALUATE, cfg.eval_seed, of) for of in (1, 2))
+    noise = torch.stack([noise, between], dim=2).flatten(1, 2)
     return real.to(cfg.device), labels, noise.to(cfg.device)
 
 
-def row(cfg, stage, weights, steps, nfe, x, labels, sample_seconds, metadata, defect=0.0) -> dict:
-    return {"stage": stage, "weights": weights, "steps": steps, "nfe": nfe, **WORLDS[cfg.world].measure(x, labels),
-            "defect": defect, "sample_seconds": sample_seconds, "train_seconds": metadata.get("seconds", 0),
-            "saved": metadata.get("saved"), "data_seconds": metadata.get("data_seconds", 0),
-            "data_bytes": metadata.get("data_bytes", 0), "clips": cfg.eval_clips, "eval_seed": cfg.eval_seed,
-            "teacher_steps": TEACHER_STEPS}
+def row(cfg, stage, weights, solver, steps, nfe, x, labels, sample_seconds, metadata, defect=0.0) -> dict:
+    return {"stage": stage, "weights": weights, "solver": solver, "steps": steps, "nfe": nfe,
+            **WORLDS[cfg.world].measure(x, labels), "defect": defect, "sample_seconds": sample_seconds,
+            "train_seconds": metadata.get("seconds", 0), "saved": metadata.get("saved"),
+            "data_seconds": metadata.get("data_seconds", 0), "data_bytes": metadata.get("data_bytes", 0),
+            "clips": cfg.eval_clips, "eval_seed": cfg.eval_seed, "teacher_steps": TEACHER_STEPS}
 
 
 @torch.no_grad()
@@ -110,8 +116,27 @@ def composition(cfg, stage, net, real, labels, noise) -> float:
     return sum(defects) / len(defects)
 
 
+def agreement(x: Tensor, steps: int, fewer: dict[int, Tensor], real: Tensor) -> dict[str, float]:
+    """Root mean square difference of samples x of so many steps and those of fewer (steps -> clips), from the same
+    noise, in units of the standard deviation of real clips (Salt Fig. 5)."""
+    return {f"{k}-{steps}": (squared_error(x, y).sqrt() / real.std()).item() for k, y in fewer.items() if k > 1}
+
+
+@torch.no_grad()
+def by_level(cfg, net, real, labels, noise) -> dict[str, list[float]]:
+    """Brightness and contrast of what a student makes in one jump of noised real clips, at every time t of the 16-step
+    grid, in which the grids of training lie."""
+    world, grid = WORLDS[cfg.world], schedule(16, cfg.shift).tolist()
+    text, light = world.embed(labels).to(cfg.device), []
+    for t in grid:
+        x_t = add_noise(real, noise[:, 0], t)
+        light.append(world.light(to_x0(x_t, net(x_t, t, text), t)))
+    return {"t": grid, **{name: [of[name] for of in light] for name in ("brightness", "contrast")}}
+
+
 def evaluate(cfg, stage) -> list[dict]:
-    """Table rows of a finished stage: EMA and raw weights at 1, 2 and 4 steps, teachers also at their full number."""
+    """Table rows of a finished stage: EMA and raw weights at 1, 2 and 4 steps, teachers also at their full number,
+    students that make the whole clip at once also at 8 and 16 steps and by another solver."""
     cfg, how = as_trained(cfg, stage), STAGES[stage]
     real, labels, noise = evaluation_set(cfg, cfg.eval_clips)
     metadata, rows = metadata_of(path_of(cfg, stage)), []
@@ -119,21 +144,44 @@ def evaluate(cfg, stage) -> list[dict]:
         net = network(cfg, stage, suffix)
         sampled = net if how.few_step else guided(cfg, net)
         defect = composition(cfg, stage, sampled, real[:256], labels[:256], noise[:256])
-        for steps in steps_shown(cfg, stage):
+        made = {}  # solver -> steps -> clips
+        for solver, steps in rows_shown(cfg, stage, weights):
             start = time.time()
             parts = zip(labels.split(256), noise.split(256))
-            x = torch.cat([generate(cfg, stage, net, steps, some, z) for some, z in parts])
+            x = torch.cat([generate(cfg, stage, net, steps, some, z, solver) for some, z in parts])
             nfe = steps if how.few_step else 2 * steps  # guidance runs the network twice
-            rows.append(row(cfg, stage, weights, steps, nfe, x, labels, time.time() - start, metadata, defect))
-            if weights == "raw" and not how.few_step:
-                break
+            rows.append(row(cfg, stage, weights, solver, steps, nfe, x, labels, time.time() - start, metadata, defect))
+            if weights == "ema" and whole_clip_student(stage):
+                fewer = made.setdefault(solver, {})
+                rows[-1]["agreement"] = agreement(x, steps, fewer, real)
+                fewer[steps] = x
+                if steps == 1:
+                    rows[-1]["by_level"] = by_level(cfg, net, real[:256], labels[:256], noise[:256])
     return rows
 
 
+def whole_clip_student(stage) -> bool:
+    return STAGES[stage].few_step and not STAGES[stage].causal
+
+
 def steps_shown(cfg, stage) -> tuple:
+    """The numbers of steps at which a stage is measured, and drawn."""
     if not STAGES[stage].few_step:
         return TEACHER_STEPS, 4, 2, 1
-    return (1, 2, 4) if STAGES[stage].causal else tuple(k for k in (1, 2, 4, 8) if max(cfg.mixed_steps) % k == 0)
+    if STAGES[stage].causal:
+        return 1, 2, 4
+    return tuple(k for k in (1, 2, 4, 8, 16) if 2 * max(cfg.mixed_steps) % k == 0)
+
+
+def rows_shown(cfg, stage, weights) -> list[tuple[str, int]]:
+    """The solver and the number of steps of each row of a stage's EMA or raw weights."""
+    own, steps = STAGES[stage].solver, steps_shown(cfg, stage)
+    if weights == "raw":
+        steps = [k for k in steps if k < 16] if STAGES[stage].few_step else steps[:1]
+    rows = [(own, k) for k in steps]
+    if weights == "ema" and whole_clip_student(stage):  # in one step all solvers are the same
+        rows += [("euler" if own == "cm" else "cm", k) for k in steps if k > 1]
+    return rows
 
 
 def known_rows(cfg, stage) -> list[dict]:
@@ -146,9 +194,10 @@ def known_rows(cfg, stage) -> list[dict]:
 
 def printable_row(r) -> bool:
     """Whether a row holds all that is shown: an older version's, or one that somebody has edited, may not."""
-    numbers = ("steps nfe render_error drift prompt_accuracy motion motion_w1 defect sample_seconds "
-               "train_seconds").split()
-    return isinstance(r.get("weights"), str) and all(isinstance(r.get(name), float | int) for name in numbers) and len(
+    numbers = ("steps nfe render_error drift prompt_accuracy motion motion_w1 brightness contrast defect "
+               "sample_seconds train_seconds").split()
+    return all(isinstance(r.get(name), str) for name in ("weights", "solver")) and all(
+        isinstance(r.get(name), float | int) for name in numbers) and len(
         [x for x in r.get("render_error_by_frame") or [] if isinstance(x, float | int)]) > 2
 
 
@@ -171,14 +220,35 @@ def table_path(cfg) -> Path:
 
 def print_rows(rows, header=True):
     if header:
-        print(f"{'stage':<16} {'weights':<7} {'steps':>5} {'NFE':>4} | {'error':>8} {'frame 3':>8} {'last':>8} "
-              f"{'drift':>6} {'prompt':>8} {'motion':>8} {'W1':>8} {'defect':>7} | {'sample s':>8} {'train s':>8}")
+        print(f"{'stage':<16} {'weights':<7} {'solver':<6} {'steps':>5} {'NFE':>4} | {'error':>7} {'frame 3':>7} "
+              f"{'last':>7} {'drift':>5} {'prompt':>6} {'motion':>6} {'W1':>6} {'bright':>6} {'contrast':>8} "
+              f"{'defect':>7} | {'sample s':>8} {'train s':>7}")
     for r in rows:
         by_frame, accuracy = r["render_error_by_frame"], 100 * r["prompt_accuracy"]
         drift = f"{r['drift']:.2f}" if r["weights"] else "-"  # of frames without an error there is none
-        print(f"{r['stage']:<16} {r['weights']:<7} {r['steps']:>5} {r['nfe']:>4} | {r['render_error']:>8.4f} "
-              f"{by_frame[2]:>8.4f} {by_frame[-1]:>8.4f} {drift:>6} {accuracy:>7.1f}% {r['motion']:>8.2f} "
-              f"{r['motion_w1']:>8.3f} {r['defect']:>7.4f} | {r['sample_seconds']:>8.1f} {r['train_seconds']:>8.0f}")
+        print(f"{r['stage']:<16} {r['weights']:<7} {r['solver']:<6} {r['steps']:>5} {r['nfe']:>4} | "
+              f"{r['render_error']:>7.4f} {by_frame[2]:>7.4f} {by_frame[-1]:>7.4f} {drift:>5} {accuracy:>5.1f}% "
+              f"{r['motion']:>6.2f} {r['motion_w1']:>6.3f} {r['brightness']:>+6.3f} {r['contrast']:>8.3f} "
+              f"{r['defect']:>7.4f} | {r['sample_seconds']:>8.1f} {r['train_seconds']:>7.0f}")
+    sys.stdout.flush()
+
+
+def print_whole_clip_students(rows):
+    """The second table: what is asked only of students that make the whole clip at once."""
+    differences = {}  # stage, solver -> pair of numbers of steps -> difference
+    for r in rows:
+        if r.get("agreement"):
+            differences.setdefault((r["stage"], r["solver"]), {}).update(r["agreement"])
+    if differences:
+        print(f"\n{'stage':<16} {'solver':<6} | {'2 and 4':>8} {'4 and 8':>8} {'2 and 8':>8} steps from one noise "
+              "differ by (the world's standard deviation: 1)")
+    for (stage, solver), of in differences.items():
+        print(f"{stage:<16} {solver:<6} | {of['2-4']:>8.4f} {of['4-8']:>8.4f} {of['2-8']:>8.4f}")
+    for r in rows:
+        if levels := r.get("by_level"):
+            print(f"\n{r['stage']}: jump from t".ljust(29) + " ".join(f"{t:>6.3f}" for t in levels["t"]))
+            for name in ("brightness", "contrast"):
+                print(f"{name:<28}" + " ".join(f"{x:>6.3f}" for x in levels[name]))
     sys.stdout.flush()
 
 
@@ -191,7 +261,7 @@ def report_world(cfg) -> list[dict]:
 
 def the_world(cfg) -> dict:
     real, labels, _ = evaluation_set(cfg, cfg.eval_clips)
-    return row(cfg, "the world", "", 0, 0, real, labels, 0, {})
+    return row(cfg, "the world", "", "", 0, 0, real, labels, 0, {})
 
 
 def report(cfg, stage) -> list[dict]:
@@ -215,6 +285,7 @@ def report_all(cfg, rows):
     draw_stages(cfg, shown, "sheet", scale=10)
     print()
     print_rows(rows)
+    print_whole_clip_students(rows)
 
 
 def finished_stages(cfg) -> list[str]:

@@ -1,7 +1,8 @@
 """Few-step students that make the whole clip at once, by distribution matching (Salt Tab. 1, 2, 4, Fig. 1).
 
-    dmd4, dmd8                    DMD on a grid of 4 or 8 timesteps, from noised real clips        Salt Eq. 4
-    dmd4_backward, dmd8_backward  the same from the student's own states (backward simulation)     Salt Fig. 1
+    dmd4, dmd8, dmd16             DMD on a grid of 4, 8 or 16 timesteps, from noised real clips    Salt Eq. 4
+    dmd4_backward, dmd8_backward, dmd16_backward
+                                  the same from the student's own states (backward simulation)     Salt Fig. 1
     sc_dmd                        DMD on 8 timesteps + lambda_sc L_SC                              Salt Eq. 10
     sc_dmd_gan                    sc_dmd + a discriminator, Salt's 'Ours-alpha'                    Salt Tab. 1
 
@@ -53,6 +54,22 @@ def score_times_and_noise(cfg, draw, x0) -> tuple[Tensor, Tensor]:
     return t, draw.noise_like(x0, RENOISE)
 
 
+def sc_dmd_loss(net, critic, teacher, x_ts: Tensor, text, ts: Tensor, tm: Tensor, te: Tensor, t: Tensor, eps: Tensor,
+                lambda_sc: float, through: str = "both") -> tuple[Tensor, dict]:
+    """L_DMD + lambda_sc L_SC of noisy clips (Salt Eq. 10); both read v(x_ts, ts).
+
+    x_ts, eps: `b f c h w`. ts > tm > te: `b`, a triple of each clip (Salt Eq. 9); lambda_sc = 0 reads ts alone. t: `b f`,
+    where scores are compared. through: as in sc_loss. The metrics hold those of dmd_loss, and the clips x0.
+    """
+    v = net(x_ts, ts, text)
+    x0 = to_x0(x_ts, v, ts)
+    loss, metrics = dmd_loss(x0, text, critic, teacher, t, eps)                                             # Salt Eq. 4
+    if lambda_sc > 0:
+        metrics["sc"], _ = sc_loss(lambda x, t: net(x, t, text), x_ts, v, ts, tm, te, through)              # Salt Eq. 8
+        loss = loss + lambda_sc * metrics["sc"]                                                            # Salt Eq. 10
+    return loss, metrics | {"x0": x0}
+
+
 def sc_dmd(cfg, start, gan=False) -> Training:
     """Salt Eq. 10: L_DMD + lambda_sc L_SC, both on one training grid T_train; tm is from it, too, and te from the grid
     of half as many steps. With lambda_sc = 0 this is DMD (arXiv 2311.18828, 2405.14867): every timestep of the grid is
@@ -71,20 +88,16 @@ def sc_dmd(cfg, start, gan=False) -> Training:
 
     def generator_step(draw):
         x_ts, text, ts, every_ts = noised_clips(cfg, draw, train_grid)
-        v = net(x_ts, ts, text)
-        x0, l_sc, l_gan = to_x0(x_ts, v, ts), 0, 0
+        tm = te = ts
         if cfg.lambda_sc > 0:
-            tm, te = draw_triples(every_ts, train_grid, train_grid[::2], draw.generator(TRIPLE))            # Salt Eq. 9
-            tm, te = draw.mine(tm), draw.mine(te)
-            l_sc, _ = sc_loss(lambda x, t: net(x, t, text), x_ts, v, ts, tm, te, cfg.sc_through)            # Salt Eq. 8
-        t, eps = score_times_and_noise(cfg, draw, x0)
-        loss, metrics = dmd_loss(x0, text, critic, teacher, t, eps)                                         # Salt Eq. 4
-        if cfg.lambda_sc > 0:
-            metrics["sc"] = l_sc
+            triples = draw_triples(every_ts, train_grid, train_grid[::2], draw.generator(TRIPLE))           # Salt Eq. 9
+            tm, te = (draw.mine(x) for x in triples)
+        t, eps = score_times_and_noise(cfg, draw, x_ts)
+        loss, metrics = sc_dmd_loss(net, critic, teacher, x_ts, text, ts, tm, te, t, eps, cfg.lambda_sc, cfg.sc_through)
         if gan:
-            metrics["gan"] = l_gan = generator_gan_loss(logits(x0, text, t, eps))
-        loss = loss + (cfg.lambda_sc * l_sc + LAMBDA_GAN * l_gan)                                          # Salt Eq. 10
-        return loss, metrics | {"x0": x0}
+            metrics["gan"] = generator_gan_loss(logits(metrics["x0"], text, t, eps))
+            loss = loss + LAMBDA_GAN * metrics["gan"]
+        return loss, metrics
 
     def critic_step(draw):
         with torch.no_grad():

@@ -15,6 +15,9 @@ with no learned metric, the numbers of every table of this project (`measure`):
     drift             render error of the last frame over that of the third (1: no drift)
     motion_w1         how far the motion's distribution is from the world's: the Wasserstein-1 distance of speeds
                       (pixels per frame) plus that of turning angles (radians)
+    brightness        mean of the pixels, minus the true world's (0: as bright; 1 is the world's standard deviation)
+    contrast          standard deviation of the pixels and channels of a frame, averaged over frames, over the true
+                      world's (1: as much contrast; above it, colours are too strong)
 
 `Toy` is the world as the rest of the project sees it, whose words and labels only a world reads: a label is a row of a
 tensor with the batch first, here the number of a prompt.
@@ -118,9 +121,8 @@ def enlarged(rgb: Tensor, scale: int) -> np.ndarray:
     return rearrange(x, "... c h w -> ... h w c").numpy()
 
 
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Measuring motion
+# Measuring motion and light
 
 def speeds_and_turns(xy: Tensor) -> tuple[Tensor, Tensor]:
     """Speeds (pixels per frame) and turning angles (radians in [0, pi]) of tracks `b f 2`, flattened over the batch."""
@@ -134,6 +136,17 @@ def speeds_and_turns(xy: Tensor) -> tuple[Tensor, Tensor]:
 def true_motion(world: "Toy", frames: int) -> tuple[Tensor, Tensor]:
     """Speeds and turns of a world, what those of generated clips are compared with."""
     return speeds_and_turns(world.tracks(range(4096), frames, WORLD)[0])
+
+
+def mean_and_contrast(x: Tensor) -> tuple[float, float]:
+    """Of clips `b f 3 h w`: the mean pixel, and the standard deviation within a frame, averaged over frames."""
+    return x.mean().item(), x.flatten(2).std(2).mean().item()
+
+
+@lru_cache(maxsize=4)
+def true_light(world: "Toy", frames: int) -> tuple[float, float]:
+    """Mean and contrast of a world, what those of generated clips are compared with."""
+    return mean_and_contrast(world.clips(range(4096), frames, WORLD)[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,7 +223,13 @@ class Toy:
             "drift": (by_frame[-1] / by_frame[min(2, f - 1)]).item(),
             "motion_w1": wasserstein(speed, true_speed) + wasserstein(turn, true_turn),
             "render_error_by_frame": by_frame.tolist(),
+            **self.light(x),
         }
+
+    def light(self, x: Tensor) -> dict:
+        """The metrics brightness and contrast of generated clips `b f 3 SIZE SIZE`."""
+        (mean, contrast), (true_mean, true_contrast) = mean_and_contrast(x.float()), true_light(self, x.shape[1])
+        return {"brightness": mean - true_mean, "contrast": contrast / true_contrast}
 
     def draw(self, x: Tensor, scale: int = 5) -> np.ndarray:
         """Latents `... 3 h w` to bytes `... h w 3`, enlarged."""

@@ -13,6 +13,7 @@ import evaluate
 import train
 from cluster.files import read_tensors, write_tensors
 from config import STAGES, start_of
+from findings import pixels
 from flowmap import schedule
 from model import SIZES, CausalWan
 from stage import is_finished, path_of
@@ -80,9 +81,17 @@ def solve(net, noise, grid, labels, solver, guidance, **layout):
     return x
 
 
-def by_hand(cfg, stage, net, steps, labels, noise):
+def noise_by_hand():
+    """Of evaluation seed 3, for 16 steps: that of 8 steps, and between every two of them one of another draw."""
+    noise = torch.empty(CLIPS, 16, 4, 3, 10, 10)
+    for of in (1, 2):
+        noise[:, of - 1 :: 2] = draws.noises(range(CLIPS), (8, 4, 3, 10, 10), EVALUATE, 3, of)
+    return noise
+
+
+def by_hand(cfg, stage, net, steps, labels, noise, solver):
     """Clips of a stage: all at once, or chunk by chunk; students with at least --first-steps in the first chunk."""
-    causal, student, solver = SAMPLED[stage]
+    causal, student, _ = SAMPLED[stage]
     guidance = 1 if student else cfg.guidance
     grid, first = (schedule(k, cfg.shift) for k in (steps, max(steps, cfg.first_steps) if student else steps))
     if not causal:
@@ -102,21 +111,23 @@ def by_hand(cfg, stage, net, steps, labels, noise):
 def test_rows_are_what_is_measured_by_hand(finished, stage, changes):
     """Bug: EMA weights in the raw rows; a teacher without its guidance, a student with it; a student's own solver
     exchanged; a window that is not that of training, or one where training had none; a first chunk with too few steps;
-    another number of steps, prompts or noise than the row says."""
+    another number of steps, solver, prompts or noise than the row says; a noise of 8 steps that 16 steps changed."""
     cfg = finished(stage, **changes)
     windowed = dict(window=2, sink=1) if changes.get("window") and stage == "salt" else {}
     nets = {"ema": random_net(1, **windowed), "raw": random_net(2, **windowed)}
-    labels = TOY.clips(range(CLIPS), 4, EVALUATE, 3, 0)[1]
-    noise = draws.noises(range(CLIPS), (8, 4, 3, 10, 10), EVALUATE, 3, 1)
-    causal, student, _ = SAMPLED[stage]
-    shown = ((1, 2, 4) if causal else (1, 2, 4, 8)) if student else (3, 4, 2, 1)  # a teacher at its full number: 3
+    labels, noise = TOY.clips(range(CLIPS), 4, EVALUATE, 3, 0)[1], noise_by_hand()
+    causal, student, own = SAMPLED[stage]
+    raw = ((1, 2, 4) if causal else (1, 2, 4, 8)) if student else (3,)  # a teacher at its full number: 3
+    ema = {own: (raw if causal else (*raw, 16)) if student else (3, 4, 2, 1)}
+    if student and not causal:
+        ema |= {"euler" if own == "cm" else "cm": (2, 4, 8, 16)}
     rows = evaluate.evaluate(cfg, stage)
-    assert [(r["weights"], r["steps"]) for r in rows] == [
-        *(("ema", k) for k in shown), *(("raw", k) for k in (shown if student else shown[:1]))]
+    assert [(r["weights"], r["solver"], r["steps"]) for r in rows] == [
+        *(("ema", solver, k) for solver, shown in ema.items() for k in shown), *(("raw", own, k) for k in raw)]
     world = toy.speeds_and_turns(TOY.tracks(range(4096), 4, WORLD)[0])
     assert all(torch.equal(a, b) for a, b in zip(toy.true_motion(TOY, 4), world))
     for r in rows:
-        x = by_hand(cfg, stage, nets[r["weights"]], r["steps"], labels, noise)
+        x = by_hand(cfg, stage, nets[r["weights"]], r["steps"], labels, noise, r["solver"])
         for name, value in TOY.measure(x, labels).items():
             assert r[name] == pytest.approx(value, rel=2e-3, abs=1e-5), (r["weights"], r["steps"], name)
         assert r["nfe"] == r["steps"] * (1 if student else 2) and r["clips"] == CLIPS and r["eval_seed"] == 3
@@ -141,6 +152,84 @@ def test_defect_by_hand(finished, stage):
         x = direct
     row = next(r for r in evaluate.evaluate(cfg, stage) if r["weights"] == "ema")
     close(torch.tensor(row["defect"]), torch.stack(defects).mean(), 1e-4)
+
+
+@pytest.mark.parametrize("solver", ["euler", "cm"])
+def test_nested_grids_get_the_same_noise(finished, monkeypatch, solver):
+    """Bug: a sampler of 16 steps that adds other noise at a time than one of 8 or 2 steps does there: their clips would
+    differ, whatever the student."""
+    cfg, added = finished("dmd4"), {}
+    _, labels, noise = evaluate.evaluation_set(cfg, CLIPS)
+
+    def watched(velocity, noise, grid, how):
+        assert how == solver
+        added[len(grid)] = {round(t, 4): noise[:, k] for k, t in enumerate(grid.tolist())}
+        return noise[:, 0]
+
+    monkeypatch.setattr(evaluate, "sample", watched)
+    for steps in (1, 2, 4, 8, 16):
+        evaluate.generate(cfg, "dmd4", random_net(1), steps, labels, noise, solver)
+        assert len(added[steps]) == steps
+        assert all(torch.equal(x, added[steps][t]) for fewer in added.values() for t, x in fewer.items())
+    assert len(torch.stack([*added[16].values()]).flatten(1)[:, :8].unique(dim=0)) == 16
+
+
+def test_agreement_is_0_where_steps_compose(finished, monkeypatch):
+    """Bug: clips of different noises, weights or solvers that are compared; an agreement that is no root of a mean
+    square, or in other units; numbers that the raw weights or the wrong pair of numbers of steps have got."""
+    cfg = finished("dmd4")
+    real, labels, noise = evaluate.evaluation_set(cfg, CLIPS)
+
+    def straight(net, x, t, text, **layout):  # from any noise to the real clip, along a line: Euler steps compose
+        return (x - real) / t[..., None, None, None] if isinstance(t, torch.Tensor) else (x - real) / t
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CausalWan, "forward", straight)
+        ema = [r for r in evaluate.evaluate(cfg, "dmd4") if r["weights"] == "ema"]
+    pairs = {"2-4", "4-8", "2-8", "2-16", "4-16", "8-16"}
+    for solver in ("euler", "cm"):
+        of = [r["agreement"] for r in ema if r["solver"] == solver]
+        assert set().union(*of) == pairs and all(x < 1e-5 for some in of for x in some.values()), solver
+
+    rows = evaluate.evaluate(cfg, "dmd4")
+    clips = {(solver, k): by_hand(cfg, "dmd4", random_net(1), k, labels, noise, solver)
+             for solver in ("euler", "cm") for k in (2, 4, 8)}
+    for r in rows:
+        assert ("agreement" in r) == (r["weights"] == "ema")
+        assert ("by_level" in r) == ((r["weights"], r["steps"]) == ("ema", 1))
+        for pair, value in r.get("agreement", {}).items():
+            few, many = map(int, pair.split("-"))
+            assert many == r["steps"]
+            if many < 16:
+                apart = clips[r["solver"], few] - clips[r["solver"], many]
+                assert value == pytest.approx((apart.square().mean().sqrt() / real.std()).item(), rel=1e-3)
+
+
+def test_one_jump_by_level_by_hand(finished):
+    """Bug: a jump from a time, or from noise, that is not that of the input; real clips or the noise itself measured in
+    place of what the student makes; levels out of order."""
+    cfg = finished("pcm")
+    real, labels, noise = evaluate.evaluation_set(cfg, CLIPS)
+    levels = next(r["by_level"] for r in evaluate.evaluate(cfg, "pcm") if "by_level" in r)
+    assert levels["t"] == schedule(16, 5.0).tolist()
+    for t, brightness, contrast in zip(*(levels[name] for name in ("t", "brightness", "contrast"))):
+        x_t = (1 - t) * real + t * noise[:, 0]
+        made = TOY.measure(x_t - t * velocity(random_net(1), x_t, t, labels, 1), labels)
+        assert (brightness, contrast) == pytest.approx((made["brightness"], made["contrast"]), rel=1e-3, abs=1e-5)
+
+
+def test_brightness_and_contrast_of_the_world_and_of_a_spoilt_one():
+    """Bug: a spread between frames, clips or channels in place of that within a frame; a world that is compared with
+    another one, or a metric that does not see light."""
+    x, labels = TOY.clips(range(512), 4, 9)
+    real, spoilt = TOY.measure(x, labels), TOY.measure(1.3 * x + 0.1, labels)
+    assert abs(real["brightness"]) < 0.03 and real["contrast"] == pytest.approx(1, abs=0.03)
+    assert spoilt["contrast"] == pytest.approx(1.3 * real["contrast"], rel=1e-4)
+    mean = TOY.clips(range(4096), 4, WORLD)[0].mean().item()
+    assert spoilt["brightness"] == pytest.approx(1.3 * (mean + real["brightness"]) + 0.1 - mean, abs=1e-4)
+    flat = x.mean((2, 3, 4), keepdim=True).expand_as(x)
+    assert TOY.light(flat)["contrast"] < 1e-4
+    assert TOY.light(flat)["brightness"] == pytest.approx(real["brightness"], abs=1e-4)
 
 
 def test_rows_are_measured_again_when_something_changed_and_only_then(finished, monkeypatch):
@@ -171,6 +260,50 @@ def test_rows_are_measured_again_when_something_changed_and_only_then(finished, 
     weights, metadata = read_tensors(path)
     write_tensors(path, weights, metadata | {"saved": 2.0})
     report(True, eval_seed=4)
+
+
+def test_the_table_of_an_older_version_is_measured_again(finished, capsys):
+    """Bug: KeyError for a column that the table of an older version lacks, or such rows that stay in the table."""
+    cfg = finished("dmd4")
+    rows = evaluate.report(cfg, "dmd4")
+    path = evaluate.table_path(cfg)
+    older = [{k: v for k, v in r.items() if k not in ("solver", "brightness", "contrast", "agreement", "by_level")}
+             for r in json.loads(path.read_text())]
+    path.write_text(json.dumps(older))
+    again = evaluate.report(cfg, "dmd4")
+    assert [r["render_error"] for r in again] == [r["render_error"] for r in rows]
+    table = json.loads(path.read_text())
+    assert len(table) == len(rows) + 1 and all(evaluate.printable_row(r) for r in table)
+    evaluate.report_all(cfg, again)
+    printed = capsys.readouterr().out
+    assert "dmd4: jump from t" in printed and max(map(len, printed.splitlines())) <= 140
+
+
+def test_pixels_trains_measures_and_resumes(tmp_path, monkeypatch):
+    """Bug: a finding of the toy world that trains a finished stage or a shared teacher again, reads another seed's or
+    guidance's run, raw weights or another solver, or that has no number for a seed."""
+    trained, real = [], train.begin
+    monkeypatch.setattr(train, "begin", lambda cfg, stage: (trained.append((stage, cfg.seed, cfg.score_guidance)),
+                                                            real(cfg, stage))[1])
+    monkeypatch.setattr(pixels, "ROOT", tmp_path)
+    (plain, guided), seeds = pixels.cells(fast=True), [1, 2]
+    rows = [r for cell in (plain, guided) for r in pixels.measure(cell, seeds, fast=True)]
+    assert trained == [("bidirectional", 1, 1), ("dmd4", 1, 1), ("bidirectional", 2, 1), ("dmd4", 2, 1),
+                       ("sc_dmd", 1, 3), ("sc_dmd", 2, 3)]
+    assert pixels.measure(guided, seeds, fast=True) == rows[len(rows) // 2 :] and len(trained) == 6
+    assert {r["quantity"] for r in rows} == pixels.QUANTITIES.keys() and all(len(r["measured"]) == 2 for r in rows)
+    lines = [(r["stage"], r["solver"], r["quantity"], r[pixels.ACROSS]) for r in rows]
+    assert len(set(lines)) == len(lines) and all(name in r for r in rows for name in pixels.PANELS)
+    assert all((stage, solver, "render_error", k) in lines for stage, solver in (
+        ("dmd4", "cm"), ("dmd4", "euler"), ("sc_dmd", "cm"), ("sc_dmd", "euler")) for k in (1, 2, 4, 8, 16))
+    table = json.loads((tmp_path / "fast" / "seed2_w3" / "table_seed1.json").read_text())
+    kept = {(r["solver"], r["steps"]): r for r in table if r["weights"] == "ema"}
+    for r in rows:
+        if r["stage"] == "sc_dmd" and r["quantity"] == "contrast" and r["steps"] > 1:
+            assert r["measured"][1] == kept[r["solver"], r["steps"]]["contrast"]
+    assert pixels.summary(rows).count("sc_dmd") == 2
+    cells = [(cell["stage"], cell["score_guidance"]) for cell in pixels.cells(fast=False)]
+    assert len(set(cells)) == 14 and all(stage in STAGES for stage, _ in cells)
 
 
 def test_no_clip_prompt_or_noise_of_the_evaluation_is_one_of_training(tmp_path, monkeypatch):
@@ -204,7 +337,7 @@ def test_a_stage_is_drawn_with_the_settings_it_was_trained_with(finished, monkey
     drawn = []
     monkeypatch.setattr(evaluate, "draw_clips", lambda cfg, rows, *args, **kwargs: drawn.append((cfg, rows)))
     evaluate.report(dataclasses.replace(cfg, mixed_steps=(2, 4, 8), mixed_probs=(0.2, 0.4, 0.4)), "dmd4")
-    assert list(drawn[0][1]) == ["the world", "dmd4 1", "dmd4 2", "dmd4 4"]
+    assert list(drawn[0][1]) == ["the world", "dmd4 1", "dmd4 2", "dmd4 4", "dmd4 8"]
 
 
 def test_a_world_draws_its_own_clips(tmp_path, monkeypatch):

@@ -1,0 +1,37 @@
+"""Where the gradient of L_SC has to go.
+
+Salt's Eq. 8 compares a direct endpoint, which depends on v(x_ts, ts), with a composed one, which depends on
+v(x_tm, tm) as well, and does not say which of them learns. In World A with guidance the first, noisy timesteps push the
+mean once and the later ones push it again (guidance_per_step.py). L_SC asks for a velocity that is constant along the
+path: the later timesteps should no longer push. For this the gradient has to reach v(x_tm), as with "both" and
+"composed". With "direct" the early timesteps copy the push of the later ones instead, and the samples go further than
+without L_SC.
+
+SC-DMD on 8 timesteps, w = 4, critic of the pool. A student "line" shares parameters over time (form of affine.py); in a
+student "free" each timestep has its own. Lambda 1 is shown for "free" alone: there a "line" runs away through "direct"
+(a mean above 100 at 4 steps) and loses its variance through "composed".
+"""
+
+from findings.affine import sample_law, train
+from flowmap import schedule
+
+CLAIM = "none: Salt leaves open which endpoints of L_SC carry gradient (Eq. 8)"
+ACROSS = "steps"
+QUANTITIES = {"mean": "mean of the samples (data: 0.4)", "variance": "variance of the samples (data: 0.84)"}
+PANELS = ("student", "solver")
+
+
+def cells(fast):
+    routes = [("none", 0.0)] + [(to, weight) for weight in (0.2, 1.0) for to in ("both", "composed", "direct")]
+    return [{"student": student, "gradient": to, "lambda": weight} for student in ("line", "free")
+            for to, weight in (routes[:2] if fast else routes) if weight < 1 or student == "free"]
+
+
+def measure(cell, seeds, fast):
+    params = train(seeds, 8, guidance=4.0, form=cell["student"], lambda_sc=cell["lambda"],
+                   through="both" if cell["gradient"] == "none" else cell["gradient"], updates=20 if fast else None)
+    return [{**cell, "solver": solver, "steps": steps, "quantity": quantity, "measured": values.tolist(),
+             "predicted": None}
+            for solver in ("cm", "euler") for steps in (1, 2, 4, 8)
+            for quantity, values in zip(QUANTITIES, sample_law(params, schedule(8, 5.0).double(),
+                                                               schedule(steps, 5.0).double(), solver))]

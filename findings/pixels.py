@@ -1,0 +1,113 @@
+"""On pixels, too: students of the toy world that make the whole clip at once, by DMD alone and with L_SC.
+
+DMD trains every time of its grid as a one-step generator by itself, on noised real clips. A sampler then walks down the
+grid, through states that the student made. Salt says that DMD so trained gets worse with a denser grid and with more
+steps, and that L_SC helps. Here that is measured with and without guidance of the teacher, by the Euler and by the CM
+solver.
+
+Nothing exact is known of a trained network, so `predicted` is None everywhere. ROOT has a folder for each training seed
+and guidance, as `python train.py --stage STAGE --seed S --score-guidance W --out ROOT/seedS_wW` leaves it; a stage that
+is finished there is not trained again.
+"""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import evaluate
+import train
+from cluster.files import replacing
+from cluster.run_folder import alone_in
+from config import STAGES, Config
+from stage import is_finished, path_of
+
+CLAIM = ("DMD on a denser grid is worse and more steps do not help it, L_SC makes it better than both (Salt Tab. 4, "
+         "Fig. 1); samples of different numbers of steps then agree more (Salt Fig. 5)")
+ACROSS = "steps"
+QUANTITIES = {
+    "render_error": "render error (the world's variance is 1)",
+    "brightness": "mean pixel minus the world's (in the world's standard deviations)",
+    "contrast": "contrast / the world's",
+    "motion": "motion / the world's",
+    "prompt_accuracy": "fraction of clips that show their prompt",
+    "from_2_steps": "difference to the clip of 2 steps (in the world's standard deviations)",
+    "from_4_steps": "difference to the clip of 4 steps (in the world's standard deviations)",
+    "defect": "semigroup defect along the 4-step path",
+}
+PANELS = ("score_guidance", "solver")
+SEEDS = (1, 2, 3)  # the toy's settings were chosen on 0
+ROOT = Path("runs/findings/pixels")
+
+
+def cells(fast) -> list[dict]:
+    if fast:
+        return [{"stage": "dmd4", "score_guidance": 1.0}, {"stage": "sc_dmd", "score_guidance": 3.0}]
+    return [{"stage": stage, "score_guidance": w} for w in (1.0, 3.0) for stage in ("dmd4", "dmd8", "dmd16", "sc_dmd")]
+
+
+def measure(cell, seeds, fast) -> list[dict]:
+    """Rows of one stage at one guidance, EMA weights, on prompts and noise of evaluation seed 1."""
+    of_seeds = [rows_of(config_of(cell, seed, fast), cell["stage"]) for seed in seeds]
+    found = []
+    for solver, steps in of_seeds[0]:
+        settings = cell | {"solver": solver, "steps": steps}
+        for quantity in QUANTITIES:
+            values = [value_of(rows[solver, steps], quantity) for rows in of_seeds]
+            if None not in values:
+                found.append(settings | {"quantity": quantity, "measured": values, "predicted": None})
+    return found
+
+
+def config_of(cell, seed, fast) -> Config:
+    w = cell["score_guidance"]
+    cfg = Config(seed=seed, stage=cell["stage"], score_guidance=w, out=str(ROOT / f"seed{seed}_w{w:g}"), eval_seed=1)
+    small = dict(out=str(ROOT / "fast" / f"seed{seed}_w{w:g}"), train_longer=1e-3, eval_clips=8)
+    return replace(cfg, **small) if fast else cfg
+
+
+def rows_of(cfg, stage) -> dict:
+    """Rows of the table of a stage's EMA weights, by solver and steps; it is trained before, if that is still to do."""
+    if not is_finished(cfg, stage):
+        with alone_in(cfg.out, STAGES):
+            share_teacher(cfg)
+            train.run_stage(cfg, "bidirectional")
+            train.run_stage(cfg, stage)
+    train.check_finished(cfg, stage)
+    rows = {(r["solver"], r["steps"]): r for r in evaluate.report(cfg, stage) if r["weights"] == "ema"}
+    one_step = rows[STAGES[stage].solver, 1]  # the same by every solver
+    return {(solver, 1): one_step for solver in ("euler", "cm")} | rows
+
+
+def share_teacher(cfg):
+    """Copy the teacher of another guidance, on which it does not depend, if there is one and none here."""
+    out = Path(cfg.out)
+    for other in sorted(out.parent.glob(f"seed{cfg.seed}_w*")):
+        there = replace(cfg, out=str(other))
+        if not is_finished(cfg, "bidirectional") and is_finished(there, "bidirectional"):
+            for suffix in ("_raw", ""):  # in the order in which a stage leaves them
+                with replacing(path_of(cfg, "bidirectional", suffix)) as fresh:
+                    shutil.copyfile(path_of(there, "bidirectional", suffix), fresh)
+
+
+def value_of(row, quantity) -> float | None:
+    """A quantity of a row of the table; None where the row has none."""
+    if quantity == "defect":
+        return row["defect"] if (row["solver"], row["steps"]) == ("euler", 4) else None
+    if quantity.startswith("from_"):
+        return row["agreement"].get(f"{quantity.split('_')[1]}-{row['steps']}")
+    return row[quantity]
+
+
+def summary(rows) -> str:
+    """Render error and contrast at 4 and 16 steps, means over seeds, and in how many seeds more steps are worse."""
+    values = {(r["score_guidance"], r["solver"], r["stage"], r["steps"], r["quantity"]): r["measured"] for r in rows}
+    lines = ["| guidance | solver | stage | render error, 4 steps | 16 | contrast, 4 steps | 16 | worse at 16 |",
+             "|---|---|---|---|---|---|---|---|"]
+    for w, solver, stage in dict.fromkeys(key[:3] for key in sorted(values, key=lambda key: key[:2])):
+        cells = [values[w, solver, stage, steps, quantity] for quantity in ("render_error", "contrast")
+                 for steps in (4, 16)]
+        worse = [after > before for before, after in zip(*cells[:2])]
+        verdict = f"in {sum(worse)} of {len(worse)} seeds"
+        means = [f"{sum(of) / len(of):.{digits}f}" for of, digits in zip(cells, (4, 4, 3, 3))]
+        lines.append(f"| {w:g} | {solver} | `{stage}` | " + " | ".join([*means, verdict]) + " |")
+    return "\n".join(lines)

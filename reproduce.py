@@ -1,0 +1,205 @@
+"""Find the papers' findings again, in worlds small enough to be exact.
+
+    python reproduce.py                      # the findings, one line each
+    python reproduce.py chords               # run one: a table, a figure, results/findings/chords.json
+    python reproduce.py steps --seeds 3      # with three seeds in place of five
+    python reproduce.py steps --fast         # few and small cells, to see that it runs
+
+Findings are modules of findings/, which says what such a module has; docs/findings/ has a page for each. A finding is
+cut into cells, each saved when it is done: a stopped run goes on where it stopped, and one that is complete shows its
+table and draws its figure again. The figure needs matplotlib.
+"""
+
+import argparse
+import importlib
+import json
+import math
+import platform
+import sys
+import time
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+from tqdm import tqdm
+
+from cluster.files import read_json, replacing, run_command, write_json
+
+FINDINGS = ("chords", "pooled_critic", "guidance_per_step", "steps", "grids", "agreement", "defect", "hybrid",
+            "gradient_route", "price", "pixels")
+SEEDS = range(100, 105)  # settings were chosen on others
+
+
+def module_of(name: str):
+    if name not in FINDINGS:
+        raise ValueError(f"got the finding {name!r}, expected one of {', '.join(FINDINGS)}")
+    return importlib.import_module(f"findings.{name}")
+
+
+def run(name: str, seeds: list[int], fast: bool, out: Path) -> dict:
+    """Measure the cells that are not in out/NAME.json yet. ValueError if that file is of other seeds."""
+    finding, path = module_of(name), out / f"{name}.json"
+    content = {"finding": name, "seeds": seeds, "fast": fast, "torch": torch.__version__, "machine": platform.machine(),
+               "cells": []}
+    if path.exists():
+        content = read_json(path, "the results of an earlier run")
+        if (content.get("seeds"), content.get("fast")) != (seeds, fast):
+            raise ValueError(f"got {path} with seeds {content.get('seeds')}, expected {seeds}: change --seeds, or "
+                             "--out")
+    cells = finding.cells(fast)
+    done = {json.dumps(cell["settings"]): cell for cell in content["cells"]}
+    for cell in tqdm(cells, desc=name, unit="cell"):
+        if json.dumps(cell) not in done:
+            start = time.monotonic()
+            rows = finding.measure(cell, seeds, fast)
+            done[json.dumps(cell)] = {"settings": cell, "seconds": round(time.monotonic() - start, 1), "rows": rows}
+            write_json(path, content | {"cells": [done[json.dumps(c)] for c in cells if json.dumps(c) in done]})
+    return content | {"cells": [done[json.dumps(c)] for c in cells]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+def rows_of(finding, content: dict, quantity: str) -> list[dict]:
+    """The rows of a quantity that the table and the figure show; all of them where none is among SHOWN."""
+    rows = [row for cell in content["cells"] for row in cell["rows"] if row["quantity"] == quantity]
+    shown = getattr(finding, "SHOWN", {})
+    return [row for row in rows if all(row.get(k, v) == v for k, v in shown.items())] or rows
+
+
+def across(finding, quantity: str) -> str:
+    return finding.ACROSS if isinstance(finding.ACROSS, str) else finding.ACROSS[quantity]
+
+
+def settings(row: dict) -> dict:
+    return {k: v for k, v in row.items() if k not in ("quantity", "measured", "predicted")}
+
+
+def number(x: float, digits=3) -> str:
+    return f"{x:#.{digits}g}".rstrip(".") if math.isfinite(x) else str(x)
+
+
+def spread(row: dict) -> float:
+    return stdev(row["measured"]) if len(row["measured"]) > 1 else 0.0
+
+
+def entry(row: dict) -> str:
+    """Mean and standard deviation over seeds, and in brackets what the exact reference predicts."""
+    text = number(mean(row["measured"]))
+    if spread(row) > 0:
+        text += f" ± {number(spread(row), 2)}"
+    return text if row["predicted"] is None else f"{text} ({number(row['predicted'])})"
+
+
+def table(finding, rows: list[dict], key: str) -> str:
+    """A table in Markdown: a column for each value of `key`, a line for each combination of the other settings."""
+    columns = list(dict.fromkeys(row[key] for row in rows))
+    hidden = set(getattr(finding, "SHOWN", {})) | {key}
+    lines = {}
+    for row in rows:
+        lines.setdefault(tuple((k, v) for k, v in settings(row).items() if k not in hidden), {})[row[key]] = entry(row)
+    names = list(dict.fromkeys(k for line in lines for k, _ in line))
+    body = [[str(dict(line).get(k, "")) for k in names] + [cells.get(c, "-") for c in columns]
+            for line, cells in lines.items()]
+    head = names + [f"{key} {c}" if i == 0 else str(c) for i, c in enumerate(columns)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *body])
+
+
+def report(name: str, content: dict) -> str:
+    """All tables of a finding, and its verdicts, as the page of docs/findings has them."""
+    finding = module_of(name)
+    parts = []
+    for quantity, label in finding.QUANTITIES.items():
+        if rows := rows_of(finding, content, quantity):
+            parts += [f"**{label}**", table(finding, rows, across(finding, quantity))]
+    if hasattr(finding, "summary"):
+        parts.append(finding.summary([row for cell in content["cells"] for row in cell["rows"]]))
+    return "\n\n".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+
+def draw(name: str, content: dict, path: Path) -> bool:
+    """The figure of a finding's first quantity: measured means with their standard deviation over seeds, predictions
+    dashed. False where there is no matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    finding = module_of(name)
+    quantity, label = next(iter(finding.QUANTITIES.items()))
+    rows, key = rows_of(finding, content, quantity), across(finding, quantity)
+    panels = [list(dict.fromkeys(row.get(p) for row in rows)) for p in finding.PANELS]
+    figure, axes = pyplot.subplots(len(panels[0]), len(panels[1]), squeeze=False, sharex=True, sharey="row",
+                                   figsize=(2 + 2.6 * len(panels[1]), 1.2 + 2.1 * len(panels[0])), layout="constrained")
+    columns = list(dict.fromkeys(row[key] for row in rows))
+    hidden = {key, *finding.PANELS, *getattr(finding, "SHOWN", {})}
+    names = list(dict.fromkeys(tuple(v for k, v in settings(row).items() if k not in hidden) for row in rows))
+    firsts = list(dict.fromkeys(n[:1] for n in names))
+    for i, down in enumerate(panels[0]):
+        for j, right in enumerate(panels[1]):
+            ax = axes[i][j]
+            here = [row for row in rows if (row.get(finding.PANELS[0]), row.get(finding.PANELS[1])) == (down, right)]
+            ax.set_title(f"{finding.PANELS[0]} {down}, {finding.PANELS[1]} {right}", fontsize=8)
+            for line in names:
+                of_line = [r for r in here if tuple(v for k, v in settings(r).items() if k not in hidden) == line]
+                of_line.sort(key=lambda row: columns.index(row[key]))
+                if not of_line:
+                    continue
+                x = [columns.index(row[key]) for row in of_line]
+                first = firsts.index(line[:1])
+                style = dict(color=f"C{first % 10}", marker="osd^v"[names.index(line) % 5], markersize=4,
+                             linestyle=["-", "-.", ":"][names.index(line) % 3 if len(line) > 1 else 0])
+                ax.errorbar(x, [mean(row["measured"]) for row in of_line], [spread(row) for row in of_line], capsize=2,
+                            linewidth=1, label=" ".join(map(str, line)), **style)
+                exact = [(k, row["predicted"]) for k, row in zip(x, of_line) if row["predicted"] is not None]
+                if exact:
+                    ax.plot(*zip(*exact), color=style["color"], linestyle="--", linewidth=2.5, alpha=0.35)
+            ax.set_xticks(range(len(columns)), [str(c) for c in columns], fontsize=7,
+                          rotation=30 if max(len(str(c)) for c in columns) > 4 else 0)
+            ax.tick_params(axis="y", labelsize=7)
+            ax.grid(alpha=0.3)
+    figure.supxlabel(key, fontsize=9)
+    figure.supylabel(label, fontsize=9)
+    handles = {h.get_label(): h for ax in axes.flat for h in ax.get_legend_handles_labels()[0]}
+    handles |= {"exact": pyplot.Line2D([], [], color="grey", linestyle="--", linewidth=2.5, alpha=0.5)} if any(
+        row["predicted"] is not None for row in rows) else {}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=7)
+    with replacing(path) as fresh:
+        figure.savefig(fresh, format="png", dpi=90)
+    pyplot.close(figure)
+    return True
+
+
+def main(argv=None):
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                    allow_abbrev=False)
+    flags.add_argument("name", nargs="?", help="the finding; all are listed without")
+    flags.add_argument("--seeds", type=int, help="how many seeds (default: 5, counted from 100; pixels: 3, from 1)")
+    flags.add_argument("--fast", action="store_true", help="few and small cells, to see that it runs")
+    flags.add_argument("--out", default="", help="folder of the results (default: results/findings, and "
+                                                 "runs/findings/fast with --fast)")
+    args = flags.parse_args(argv)
+    if not args.name:
+        for name in FINDINGS:
+            print(f"{name:<18} {module_of(name).CLAIM}")
+        return
+    seeds = list(getattr(module_of(args.name), "SEEDS", SEEDS))
+    if args.seeds is not None and args.seeds < 1:
+        raise ValueError(f"got --seeds {args.seeds}, expected at least 1")
+    seeds = [seeds[0] + i for i in range(args.seeds or len(seeds))]
+    torch.set_num_threads(1)  # the networks are small, and so nothing depends on the number of cores
+    out = Path(args.out or ("runs/findings/fast" if args.fast else "results/findings"))
+    content = run(args.name, seeds, args.fast, out)
+    print(report(args.name, content))
+    figure = out / f"{args.name}.png"
+    if not draw(args.name, content, figure):
+        print(f"got no matplotlib, expected it for {figure}: pip install matplotlib", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_command(main, "\nstopped; the same command goes on from here")
