@@ -58,8 +58,8 @@ def sc_dmd_loss(net, critic, teacher, x_ts: Tensor, text, ts: Tensor, tm: Tensor
                 lambda_sc: float, through: str = "both") -> tuple[Tensor, dict]:
     """L_DMD + lambda_sc L_SC of noisy clips (Salt Eq. 10); both read v(x_ts, ts).
 
-    x_ts, eps: `b f c h w`. ts > tm > te: `b`, a triple of each clip (Salt Eq. 9); lambda_sc = 0 reads ts alone. t: `b f`,
-    where scores are compared. through: as in sc_loss. The metrics hold those of dmd_loss, and the clips x0.
+    x_ts, eps: `b f c h w`. ts > tm > te: `b`, a triple of each clip (Salt Eq. 9); lambda_sc = 0 reads ts alone. t:
+    `b f`, where scores are compared. through: as in sc_loss. The metrics hold those of dmd_loss, and the clips x0.
     """
     v = net(x_ts, ts, text)
     x0 = to_x0(x_ts, v, ts)

@@ -1,4 +1,5 @@
-"""World A: a Gaussian world in which few-step students are trained by the project's own losses and measured exactly.
+"""The affine world: Gaussian data, on which affine few-step students are trained by the project's own losses and measured
+exactly.
 
 The data have 64 independent channels, N(M, S) for the one condition at hand and N(0, S + M^2) without a condition. The
 teacher is exact, and guided with weight w: v_u + w (v_c - v_u). The student is affine at each timestep t_k of its grid,
@@ -25,10 +26,11 @@ over all samples, times the number of seeds, gives each seed the gradient of its
 import torch
 from torch import Tensor
 
-from dmd import dmd_loss, score_times
+from baselines.whole_clip import sc_dmd_loss
+from dmd import score_times
 from findings.gaussian import perfect_slope, student
-from flowmap import add_noise, expand_like, guided, intervals, renoise, schedule, to_x0
-from sc_loss import draw_triples, sc_loss
+from flowmap import add_noise, expand_like, guided, intervals, renoise, schedule
+from sc_loss import draw_triples
 
 MEAN, VARIANCE = 0.4, 0.84  # the marginal is N(0, 1)
 CHANNELS, BATCH = 64, 16
@@ -78,7 +80,7 @@ def levels_of(t, grid: Tensor) -> Tensor:
 
 def affine_velocity(params: Tensor, grid: Tensor):
     """velocity(x, t) of the students params `seeds K 2`: x `b 1 c 1 1`, t a float or `b`."""
-    def velocity(x, t):
+    def velocity(x, t, text=None):
         seed = torch.arange(len(params)).repeat_interleave(len(x) // len(params))
         a, b = params[seed, levels_of(t, grid)].unbind(-1)
         return expand_like(a, x) * x + expand_like(b, x)
@@ -153,14 +155,14 @@ def train(seeds, steps: int, *, shift=5.0, guidance=1.0, mean=MEAN, variance=VAR
             x_ts = own_inputs(velocity, normal(steps), grid, level)
         else:
             x_ts = add_noise(mean + variance**0.5 * normal(), normal(), ts)
-        v = velocity(x_ts, ts)
         critic = exact_critic(*exit_laws(params, grid, mean, variance, own_states), None if pooled else level)
         score_t = draw(lambda g: score_times(BATCH, 1, SCORE_SHIFT, g))
-        loss, _ = dmd_loss(to_x0(x_ts, v, ts), None, critic, teacher, score_t, normal())                   # Salt Eq. 4
+        eps, tm, te = normal(), ts, ts
         if lambda_sc > 0:
             triples = [draw_triples(t, grid, grid[::2], g) for t, g in zip(ts.split(BATCH), generators)]   # Salt Eq. 9
             tm, te = (torch.cat(times) for times in zip(*triples))
-            loss = loss + lambda_sc * sc_loss(velocity, x_ts, v, ts, tm, te, through)[0]                  # Salt Eq. 10
+        loss, _ = sc_dmd_loss(velocity, critic, teacher, x_ts, None, ts, tm, te, score_t, eps, lambda_sc,
+                              through)                                                                   # Salt Eq. 10
         optimizer.zero_grad()
         (len(generators) * loss).backward()
         optimizer.step()

@@ -1,7 +1,7 @@
 """Where the gradient of L_SC has to go.
 
 Salt's Eq. 8 compares a direct endpoint, which depends on v(x_ts, ts), with a composed one, which depends on
-v(x_tm, tm) as well, and does not say which of them learns. In World A with guidance the first, noisy timesteps push the
+v(x_tm, tm) as well, and does not say which of them learns. In the affine world with guidance the first, noisy timesteps push the
 mean once and the later ones push it again (guidance_per_step.py). L_SC asks for a velocity that is constant along the
 path: the later timesteps should no longer push. For this the gradient has to reach v(x_tm), as with "both" and
 "composed". With "direct" the early timesteps copy the push of the later ones instead, and the samples go further than
@@ -15,7 +15,7 @@ student "free" each timestep has its own. Lambda 1 is shown for "free" alone: th
 from findings.affine import sample_law, train
 from flowmap import schedule
 
-CLAIM = "none: Salt leaves open which endpoints of L_SC carry gradient (Eq. 8)"
+CLAIM = "Salt Eq. 8 does not say which endpoint of L_SC carries the gradient"
 ACROSS = "steps"
 QUANTITIES = {"mean": "mean of the samples (data: 0.4)", "variance": "variance of the samples (data: 0.84)"}
 PANELS = ("student", "solver")
