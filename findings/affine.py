@@ -1,5 +1,5 @@
-"""The affine world: Gaussian data, on which affine few-step students are trained by the project's own losses and measured
-exactly.
+"""The affine world: Gaussian data, on which affine few-step students are trained by the project's own losses and
+measured exactly.
 
 The data have 64 independent channels, N(M, S) for the one condition at hand and N(0, S + M^2) without a condition. The
 teacher is exact, and guided with weight w: v_u + w (v_c - v_u). The student is affine at each timestep t_k of its grid,

@@ -17,7 +17,7 @@ from dmd import dmd_loss, score_times
 from findings.mixture import Ring, error, regimes, samples, student_of
 from worlds.draws import generator
 
-CLAIM = "Salt Sec. 3.2: levels trained one by one are calibrated alone and err together. Here: the critic pools them"
+CLAIM = "Salt Sec. 3.2: timesteps are right one by one and wrong together. Here: their one critic cannot tell"
 ACROSS = {"force": "offset", "error": "steps"}
 QUANTITIES = {"force": "force of the pooled critic / force of a critic of its own",
               "error": "sliced W2 distance to the teacher's samples (data variance is 1)"}

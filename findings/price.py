@@ -7,8 +7,8 @@ little. The price is paid at one step: with lambda the contrast rises there, bec
 the data, gets its compromise from a composing student of larger scale (chords.py). With guidance L_SC also keeps the
 mean from being pushed again at each step, at the price of a larger push at the first.
 
-DMD and SC-DMD on 8 timesteps, the affine world, critic of the pool, each timestep with parameters of its own; the number behind
-SC-DMD is lambda. The composing student is not trained but sampled by flowmap.sample.
+The affine world: DMD and SC-DMD on 8 timesteps, critic of the pool, each timestep with parameters of its own; the
+number behind SC-DMD is lambda. The composing student is not trained but sampled by flowmap.sample.
 """
 
 from statistics import mean as average
