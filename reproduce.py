@@ -1,13 +1,14 @@
 """Find the papers' findings again, in worlds small enough to be exact.
 
-    python reproduce.py                      # the findings, one line each
-    python reproduce.py chords               # run one: a table, a figure, results/findings/chords.json
-    python reproduce.py steps --seeds 3      # with three seeds in place of five
-    python reproduce.py steps --fast         # few and small cells, to see that it runs
+    python reproduce.py                                 # the findings, one line each
+    python reproduce.py chords                          # one of them: its table, and its figure
+    python reproduce.py chords --out runs/findings      # measure it again, elsewhere
+    python reproduce.py steps --seeds 3 --out runs/3    # with three seeds in place of five
+    python reproduce.py steps --fast                    # few and small cells, to see that it runs
 
 Findings are modules of findings/, which says what such a module has; docs/findings/ has a page for each. A finding is
-cut into cells, each saved when it is done: a stopped run goes on where it stopped, and one that is complete shows its
-table and draws its figure again. The figure needs matplotlib.
+cut into cells, each saved when it is done in results/findings/NAME.json or --out: a stopped run goes on where it
+stopped, and one that is complete is shown. The figure, NAME.png beside it, needs matplotlib.
 """
 
 import argparse
@@ -48,12 +49,14 @@ def run(name: str, seeds: list[int], fast: bool, out: Path) -> dict:
                              "--out")
     cells = finding.cells(fast)
     done = {json.dumps(cell["settings"]): cell for cell in content["cells"]}
-    for cell in tqdm(cells, desc=name, unit="cell"):
-        if json.dumps(cell) not in done:
-            start = time.monotonic()
-            rows = finding.measure(cell, seeds, fast)
-            done[json.dumps(cell)] = {"settings": cell, "seconds": round(time.monotonic() - start, 1), "rows": rows}
-            write_json(path, content | {"cells": [done[json.dumps(c)] for c in cells if json.dumps(c) in done]})
+    left = [cell for cell in cells if json.dumps(cell) not in done]
+    if not left:
+        print(f"{name}: measured before, in {path}; another --out measures it again\n")
+    for cell in tqdm(left, desc=name, unit="cell", initial=len(cells) - len(left), total=len(cells), disable=not left):
+        start = time.monotonic()
+        rows = finding.measure(cell, seeds, fast)
+        done[json.dumps(cell)] = {"settings": cell, "seconds": round(time.monotonic() - start, 1), "rows": rows}
+        write_json(path, content | {"cells": [done[json.dumps(c)] for c in cells if json.dumps(c) in done]})
     return content | {"cells": [done[json.dumps(c)] for c in cells]}
 
 
@@ -75,8 +78,13 @@ def settings(row: dict) -> dict:
     return {k: v for k, v in row.items() if k not in ("quantity", "measured", "predicted")}
 
 
-def number(x: float, digits=3) -> str:
-    return f"{x:#.{digits}g}".rstrip(".") if math.isfinite(x) else str(x)
+def word(value) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def number(x: float) -> str:
+    """With three significant digits."""
+    return f"{x:#.3g}".rstrip(".") if math.isfinite(x) else str(x)
 
 
 def spread(row: dict) -> float:
@@ -84,10 +92,11 @@ def spread(row: dict) -> float:
 
 
 def entry(row: dict) -> str:
-    """Mean and standard deviation over seeds, and in brackets what the exact reference predicts."""
+    """Mean and standard deviation over seeds, unless it rounds to 0; in brackets what the exact reference predicts."""
     text = number(mean(row["measured"]))
-    if spread(row) > 0:
-        text += f" ± {number(spread(row), 2)}"
+    deviation = f"{spread(row):.{len(text.partition('.')[2])}f}"
+    if float(deviation) > 0:
+        text += f" ± {deviation}"
     return text if row["predicted"] is None else f"{text} ({number(row['predicted'])})"
 
 
@@ -99,9 +108,9 @@ def table(finding, rows: list[dict], key: str) -> str:
     for row in rows:
         lines.setdefault(tuple((k, v) for k, v in settings(row).items() if k not in hidden), {})[row[key]] = entry(row)
     names = list(dict.fromkeys(k for line in lines for k, _ in line))
-    body = [[str(dict(line).get(k, "")) for k in names] + [cells.get(c, "-") for c in columns]
+    body = [[word(dict(line).get(k, "")) for k in names] + [cells.get(c, "-") for c in columns]
             for line, cells in lines.items()]
-    head = names + [f"{key} {c}" if i == 0 else str(c) for i, c in enumerate(columns)]
+    head = names + [f"{key} {word(c)}" if i == 0 else word(c) for i, c in enumerate(columns)]
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *body])
 
 
@@ -135,32 +144,33 @@ def draw(name: str, content: dict, path: Path) -> bool:
     rows, key = rows_of(finding, content, quantity), across(finding, quantity)
     panels = [list(dict.fromkeys(row.get(p) for row in rows)) for p in finding.PANELS]
     figure, axes = pyplot.subplots(len(panels[0]), len(panels[1]), squeeze=False, sharex=True, sharey="row",
-                                   figsize=(2 + 2.6 * len(panels[1]), 1.2 + 2.1 * len(panels[0])), layout="constrained")
+                                   figsize=(max(6, 2 + 2.6 * len(panels[1])), max(4, 1.2 + 2.1 * len(panels[0]))),
+                                   layout="constrained")
     columns = list(dict.fromkeys(row[key] for row in rows))
     hidden = {key, *finding.PANELS, *getattr(finding, "SHOWN", {})}
     names = list(dict.fromkeys(tuple(v for k, v in settings(row).items() if k not in hidden) for row in rows))
-    firsts = list(dict.fromkeys(n[:1] for n in names))
+    colours, styles = (list(dict.fromkeys(part)) for part in zip(*((line[:1], line[1:]) for line in names)))
     for i, down in enumerate(panels[0]):
         for j, right in enumerate(panels[1]):
             ax = axes[i][j]
             here = [row for row in rows if (row.get(finding.PANELS[0]), row.get(finding.PANELS[1])) == (down, right)]
-            ax.set_title(f"{finding.PANELS[0]} {down}, {finding.PANELS[1]} {right}", fontsize=8)
+            ax.set_title(", ".join(f"{name} {word(value)}" for name, value in zip(finding.PANELS, (down, right))
+                                   if value is not None), fontsize=8)
             for line in names:
                 of_line = [r for r in here if tuple(v for k, v in settings(r).items() if k not in hidden) == line]
                 of_line.sort(key=lambda row: columns.index(row[key]))
                 if not of_line:
                     continue
                 x = [columns.index(row[key]) for row in of_line]
-                first = firsts.index(line[:1])
-                style = dict(color=f"C{first % 10}", marker="osd^v"[names.index(line) % 5], markersize=4,
-                             linestyle=["-", "-.", ":"][names.index(line) % 3 if len(line) > 1 else 0])
+                colour, style = f"C{colours.index(line[:1]) % 10}", styles.index(line[1:]) % 4
                 ax.errorbar(x, [mean(row["measured"]) for row in of_line], [spread(row) for row in of_line], capsize=2,
-                            linewidth=1, label=" ".join(map(str, line)), **style)
+                            linewidth=1, markersize=4, color=colour, marker="os^d"[style],
+                            linestyle=["-", ":", "-.", "--"][style], label=" ".join(map(word, line)))
                 exact = [(k, row["predicted"]) for k, row in zip(x, of_line) if row["predicted"] is not None]
                 if exact:
-                    ax.plot(*zip(*exact), color=style["color"], linestyle="--", linewidth=2.5, alpha=0.35)
-            ax.set_xticks(range(len(columns)), [str(c) for c in columns], fontsize=7,
-                          rotation=30 if max(len(str(c)) for c in columns) > 4 else 0)
+                    ax.plot(*zip(*exact), color=colour, linestyle="--", linewidth=2.5, alpha=0.35)
+            ax.set_xticks(range(len(columns)), map(word, columns), fontsize=7,
+                          rotation=20 if max(len(word(c)) for c in columns) > 6 else 0)
             ax.tick_params(axis="y", labelsize=7)
             ax.grid(alpha=0.3)
     figure.supxlabel(key, fontsize=9)
@@ -168,14 +178,14 @@ def draw(name: str, content: dict, path: Path) -> bool:
     handles = {h.get_label(): h for ax in axes.flat for h in ax.get_legend_handles_labels()[0]}
     handles |= {"exact": pyplot.Line2D([], [], color="grey", linestyle="--", linewidth=2.5, alpha=0.5)} if any(
         row["predicted"] is not None for row in rows) else {}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=7)
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, fontsize=7)
     with replacing(path) as fresh:
-        figure.savefig(fresh, format="png", dpi=90)
+        figure.savefig(fresh, format="png", dpi=80)
     pyplot.close(figure)
     return True
 
 
-def main(argv=None):
+def parse(argv=None):
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                     allow_abbrev=False)
     flags.add_argument("name", nargs="?", help="the finding; all are listed without")
@@ -183,7 +193,11 @@ def main(argv=None):
     flags.add_argument("--fast", action="store_true", help="few and small cells, to see that it runs")
     flags.add_argument("--out", default="", help="folder of the results (default: results/findings, and "
                                                  "runs/findings/fast with --fast)")
-    args = flags.parse_args(argv)
+    return flags.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse(argv)
     if not args.name:
         for name in FINDINGS:
             print(f"{name:<18} {module_of(name).CLAIM}")

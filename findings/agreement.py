@@ -12,7 +12,7 @@ from flowmap import schedule
 
 CLAIM = "Salt Fig. 5: from the same noise, samples of 2, 4, 8 steps agree far better under SC-DMD than under DMD"
 ACROSS = "pair"
-QUANTITIES = {"distance": "root mean square distance of the two points (data variance is 1)"}
+QUANTITIES = {"distance": "root mean square distance of the two points in the plane (data variance is 1 a coordinate)"}
 PANELS = ("shift", "guidance")
 SHOWN = {"updates": 600, "solver": "euler"}
 NAMES = ("DMD-8", "SC-DMD 0.2", "SC-DMD 0.4", "SC-DMD 1")

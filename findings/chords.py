@@ -1,8 +1,8 @@
-"""M1: why a few-step student has too much contrast at more steps, and for which sampler.
+"""Why a few-step student has too much contrast at more steps, and for which sampler.
 
 A perfect few-step student jumps from any noisy latent x_t straight to the end of its trajectory. The trajectory is
 curved, and the jump is its chord. An Euler step goes a part of the way along the chord, leaves the trajectory outwards,
-and the next jump starts there. Many small steps make up for nothing: the std of the samples tends to twice that of the
+and the next jump starts there. More steps do not repair this: the std of the samples tends to twice that of the
 data, whatever that is. The CM solver uses each jump to its end and noises again, so it stays right at every number of
 steps. The composing student is right under Euler, and has too little contrast under CM. But L_SC = 0 for a composing
 student of any scale, and the scale is left to DMD, which wants each jump to give the data: a large lambda makes the

@@ -7,7 +7,7 @@ its own, shown as the prediction of DMD-8.
 
 from findings.mixture import Ring, defects, regimes, student_of
 
-CLAIM = "Salt A.1: SC-DMD has a smaller semigroup defect than DMD, .0111 against .0135, above all at high noise"
+CLAIM = "Salt A.1: SC-DMD has a smaller semigroup defect than DMD, .0111 against .0135, most so at high noise"
 ACROSS = "interval"
 QUANTITIES = {"defect": "semigroup defect (Salt Eq. 16), a fraction of the squared displacement"}
 PANELS = ("shift", "guidance")

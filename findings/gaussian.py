@@ -10,8 +10,8 @@ depends on it. Two slopes matter:
     perfect_slope     one jump from any timestep gives exactly the data: what DMD and consistency distillation ask
     composing_slope   two Euler steps land where one lands: what L_SC = 0 asks
 
-They agree at t = 1 and at t = 0 and nowhere between, unless s = 1 (composing: 1, perfect: 1 / sqrt((1-t)^2 + t^2)) or
-s = 0. So a student cannot satisfy both. `gain` tells what a sampler makes of either.
+They agree at t = 1 and at t = 0 and nowhere between, where the perfect slope is the larger one for every s > 0. So a
+student cannot satisfy both. `gain` tells what a sampler makes of either.
 """
 
 import math
@@ -26,7 +26,8 @@ EULER_LIMIT = 2.0  # of gain(perfect_slope, s, grid, "euler") as the steps becom
 
 def perfect_slope(s: float, t: float) -> float:
     """g_t = s / S_t with S_t^2 = (1-t)^2 s^2 + t^2, the variance of noised data: G_t maps N((1-t) m, S_t^2) to the
-    data. This is the exact flow map from t to 0, and the optimum of DMD from noised real data."""
+    data. This is the exact flow map from t to 0, and the optimum of DMD from noised real data among slopes above 0. (DMD
+    asks for the right distribution: -g_t would do as well.)"""
     return s / math.hypot((1 - t) * s, t)
 
 

@@ -3,13 +3,12 @@
 Salt's Eq. 8 compares a direct endpoint, which depends on v(x_ts, ts), with a composed one, which depends on
 v(x_tm, tm) as well, and does not say which of them learns. In the affine world with guidance the first, noisy timesteps
 push the mean once and the later ones push it again (guidance_per_step.py). L_SC asks for a velocity that is constant
-along the path: the later timesteps should no longer push. For this the gradient has to reach v(x_tm), as with "both" and
-"composed". With "direct" the early timesteps copy the push of the later ones instead, and the samples go further than
-without L_SC.
+along the path: the later timesteps should no longer push. For this the gradient has to reach v(x_tm), as with "both"
+and "composed". With "direct" the early timesteps copy the push of the later ones instead, and the samples go further
+than without L_SC.
 
 SC-DMD on 8 timesteps, w = 4, critic of the pool. A student "line" shares parameters over time (form of affine.py); in a
-student "free" each timestep has its own. Lambda 1 is shown for "free" alone: there a "line" runs away through "direct"
-(a mean above 100 at 4 steps) and loses its variance through "composed".
+student "free" each timestep has its own. Lambda 1 is shown for "free" alone.
 """
 
 from findings.affine import sample_law, train

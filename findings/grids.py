@@ -2,13 +2,13 @@
 
 All students are sampled in 4 steps: DMD trained on 4 and on 8 timesteps, and SC-DMD on 8 with lambda .2, .4 and 1. The
 4-step grid is half of the 8-step grid, so DMD-8 spends half of its samples on timesteps that are not visited; and its
-critic has to follow twice as many laws at once (pooled_critic). L_SC pulls every level towards the slope that composes
-(chords), which is what Euler sampling needs and what CM sampling does not want.
+critic has to follow twice as many distributions at once (pooled_critic). L_SC pulls every timestep towards the slope
+that composes (chords, price), which is what Euler sampling needs and what CM sampling does not want.
 """
 
-from findings.mixture import Ring, contrast, error, ratio, regime_map, regimes, samples, student_of
+from findings.mixture import SIGNS, Ring, contrast, error, ratio, regime_map, regimes, samples, student_of
 
-CLAIM = "Salt Tab. 4: at 4 steps DMD-8 is worse than DMD-4 and SC-DMD better than both; lambda .2 is best (Tab. A.1)"
+CLAIM = "Salt Tab. 4: at 4 steps DMD-8 is worse than DMD-4 and SC-DMD better than both; lambda .2 is best"
 ACROSS = "student"
 QUANTITIES = {"error": "sliced W2 distance to the teacher's samples, 4 steps (data variance is 1)",
               "contrast": "standard deviation within a label / the teacher's, 4 steps"}
@@ -39,7 +39,7 @@ def summary(rows):
 
     rows = [row for row in rows if row["quantity"] == "error"]
     return "\n\n".join(
-        f"**Error of {one} / error of {other}** (+ worse, - better, = within two standard errors)\n\n"
+        f"**Error of {one} / error of {other}** {SIGNS}\n\n"
         + regime_map(rows, ("updates", "solver"), against(one, other))
         for one, other in (("DMD-8", "DMD-4"), ("SC-DMD 0.2", "DMD-8"), ("SC-DMD 0.2", "DMD-4"),
                            ("SC-DMD 1", "SC-DMD 0.2")))

@@ -1,14 +1,15 @@
-"""M3: why a student of a guided teacher goes further and further with more steps.
+"""Why a student of a guided teacher goes further with more steps.
 
 Guided DMD moves the mean of the samples away from that of the data, by D. From noised real data each timestep learns to
 add D once. In sampling by the CM solver a timestep starts from what the earlier ones made, to which D is added already,
 and adds D again: d_k = D + r_k d_{k-1} (gaussian.guidance_chain). r_k is the part of the offset that the noise leaves,
-and a larger shift makes it smaller.
+and a larger shift makes it smaller. At the low-noise end it tends to sqrt(S_w / S), so with very many steps the offset
+ends at D / (1 - sqrt(S_w / S)).
 
 The offset of the samples' mean from that of the data, in units of the 1-step student's. Each student is trained on the
 grid that it is sampled on. The prediction knows D and S_w of the 1-step student, and supposes a critic that knows the
-timestep: then all timesteps make the same law. If such a student learns from its own states, its samples themselves are
-what DMD asks for, and the prediction is 1. A critic that sees the pool of all timesteps (M2) has no exact prediction. A
+timestep: then all timesteps make the same distribution. If such a student learns from its own states, its samples themselves are
+what DMD asks for, and the prediction is 1. A critic that sees the pool of all timesteps (pooled_critic.py) has no exact prediction. A
 student that has but one shift for all timesteps has to find a compromise.
 """
 

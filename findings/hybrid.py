@@ -1,4 +1,4 @@
-"""Is shortcut flow matching (SCFM) far worse than DMD, and its hybrid with DMD worse still (Salt Tab. A.1)?
+"""Is shortcut flow matching (SCFM) far worse than DMD, and its hybrid with DMD worse still (Salt, appendix Tab. 1)?
 
 SCFM asks a step to go where two half steps go, and the smallest step to go where the teacher goes: regression with a
 target that learns, on a dense grid of 32 timesteps. Salt's reason against the hybrid: DMD trains 4 timesteps, so the
@@ -7,9 +7,9 @@ more weight on the shortcuts, sampling steps that DMD never trains (8 steps), la
 regression could learn, a guided teacher, a weak teacher, and few or many updates.
 """
 
-from findings.mixture import Ring, error, ratio, samples, student_of
+from findings.mixture import SIGNS, Ring, error, ratio, samples, student_of
 
-CLAIM = "Salt Tab. A.1: at 4 steps SCFM is far worse than DMD-4, the naive hybrid DMD + SCFM worse still"
+CLAIM = "Salt, appendix Tab. 1: at 4 steps SCFM is far worse than DMD-4, the naive hybrid DMD + SCFM worse still"
 ACROSS = "steps"
 QUANTITIES = {"error": "sliced W2 distance to the teacher's samples (data variance is 1)"}
 PANELS = ("world", "guidance")
@@ -46,5 +46,4 @@ def summary(rows):
               if tuple(row[k] for k in keys) == setting and row["steps"] == 4}
         others = [*(NAMES[2:]), "SC-DMD 0.2"]
         lines.append("| " + " | ".join([*map(str, setting), *(ratio(of[n], of["DMD-4"]) for n in others)]) + " |")
-    return ("**Error at 4 steps / error of DMD-4** (+ worse, - better, = within two standard errors)\n\n"
-            + "\n".join(lines))
+    return f"**Error at 4 steps / error of DMD-4** {SIGNS}\n\n" + "\n".join(lines)

@@ -8,7 +8,8 @@ the data, gets its compromise from a composing student of larger scale (chords.p
 mean from being pushed again at each step, at the price of a larger push at the first.
 
 The affine world: DMD and SC-DMD on 8 timesteps, critic of the pool, each timestep with parameters of its own; the
-number behind SC-DMD is lambda. The composing student is not trained but sampled by flowmap.sample.
+number behind SC-DMD is lambda. DMD starts as the composing student, so that it has to leave its start. The composing
+student is not trained but sampled by flowmap.sample.
 """
 
 from statistics import mean as average
@@ -36,7 +37,8 @@ def measure(cell, seeds, fast):
     student, grid, rows = cell["student"], schedule(8, SHIFT).double(), []
     slope = SLOPES.get(student) if cell["guidance"] == 1 else None
     if student in LAMBDAS:
-        params = train(seeds, 8, guidance=cell["guidance"], lambda_sc=LAMBDAS[student], updates=20 if fast else None)
+        params = train(seeds, 8, guidance=cell["guidance"], lambda_sc=LAMBDAS[student], updates=20 if fast else None,
+                       start=composing_slope if student == "DMD" else perfect_slope)
     for solver in ("cm", "euler"):
         for steps in STEPS:
             path, settings = schedule(steps, SHIFT).double(), {**cell, "solver": solver, "steps": steps}

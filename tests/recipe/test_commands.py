@@ -25,6 +25,7 @@ from tiny_wan import WIDTH, write_text_encoder, write_vae  # noqa: E402
 
 import config  # noqa: E402
 import evaluate  # noqa: E402
+import reproduce  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 import wan21.weights  # noqa: E402
@@ -36,7 +37,7 @@ from worlds import toy  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
 TEXT = "\n".join([README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))])
-PACKAGES = ("", "baselines", "cluster", "tools", "wan21", "worlds")
+PACKAGES = ("", "baselines", "cluster", "findings", "tools", "wan21", "worlds")
 DOCSTRINGS = "\n".join(found[1] for package in PACKAGES for path in sorted((ROOT / package).glob("*.py"))
                        if (found := re.match(r'"""(.*?)"""', path.read_text(), re.S)))
 PLACEHOLDERS = {"SRC": "Wan2.1-T2V-1.3B", "OUT": "runs/out", "FILE": "causal_forcing.pt", "FOLDER": "runs/folder",
@@ -126,6 +127,10 @@ def run_sample(words):
     assert out is None or Path(out).exists()
 
 
+def run_reproduce(words):
+    reproduce.main([*words, *(["--fast"] if words else [])])
+
+
 def run_tool(name, words, monkeypatch):
     if name == "plan":
         plan.main(*plan.parse([*words, *TINY_PLAN]))
@@ -166,7 +171,7 @@ def run(words, monkeypatch):
     elif words[:2] == ["python", "-m"]:
         run_tool(words[2].removeprefix("tools."), words[3:], monkeypatch)
     elif words[0] == "python":
-        {"train.py": run_train, "sample.py": run_sample}[words[1]](words[2:])
+        {"train.py": run_train, "sample.py": run_sample, "reproduce.py": run_reproduce}[words[1]](words[2:])
     else:
         assert words == ["pytest"], words
 

@@ -12,10 +12,12 @@ import pytest
 from conftest import ROOT
 
 import config
+import reproduce
 import sample
 
 README = (ROOT / "README.md").read_text()
-DOCS = {path.stem: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+DOCS = {path.relative_to(ROOT / "docs").with_suffix("").as_posix(): path.read_text()
+        for path in sorted((ROOT / "docs").rglob("*.md"))}
 TEXT = "\n".join([README, *DOCS.values()])
 SCRIPTS = sorted((ROOT / "runs").glob("*.sh"))
 TESTS = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "tests").glob("*/test_*.py")}
@@ -63,7 +65,8 @@ def test_every_numbered_equation_has_a_function_and_a_test():
 def test_every_test_and_file_named_exists():
     """Bug: a claim that rests on a test that was renamed or never written; a file or a page that has moved."""
     named = set(re.findall(r"\btest_\w+(?!\w*\.py)", TEXT))
-    files = set(re.findall(r"`((?:tests|worlds|wan21|cluster|tools|baselines|results)/[\w./]+|runs/[\w.]+\.sh)`", TEXT))
+    files = set(re.findall(r"`((?:tests|worlds|wan21|cluster|tools|baselines|findings|results)/[\w./]+|"
+                           r"runs/[\w.]+\.sh)`", TEXT))
     modules = {path.split("/")[-1].removesuffix(".py") for path in TESTS}
     assert len(named) > 60 and len(files) > 10
     assert not {name for name in named if name not in modules and f"def {name}(" not in "".join(TESTS.values())}
@@ -120,8 +123,8 @@ def parse(words):
     """Parse a command as it would itself; False if it is none of ours."""
     if words[:2] == ["python", "-m"]:
         importlib.import_module(words[2]).parse(words[3:])
-    elif words[:2] == ["python", "sample.py"]:
-        sample.parse(words[2:])
+    elif words[:1] == ["python"] and words[1] in ("sample.py", "reproduce.py"):
+        {"sample.py": sample, "reproduce.py": reproduce}[words[1]].parse(words[2:])
     elif "train.py" in words[:2] or words[:1] == ["torchrun"]:
         start = words.index("train.py")
         if "--help" not in words:
@@ -150,7 +153,7 @@ def flags_of(parse, capsys) -> set[str]:
 def test_every_flag_exists(capsys):
     """Bug: a flag that is told of and that no command has."""
     known = {*TORCHRUN, "--help"}
-    for module in (config, sample, *(importlib.import_module(f"tools.{name}") for name in TOOLS)):
+    for module in (config, sample, reproduce, *(importlib.import_module(f"tools.{name}") for name in TOOLS)):
         known |= flags_of(module.parse, capsys)
     of_a_diff = re.findall(r"^\+ +(\w+): .* = flag\(", TEXT, re.M)
     known |= {"--" + name.replace("_", "-") for name in of_a_diff}
