@@ -25,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 from cluster.files import read_json, replacing, run_command, write_json
+from findings import markdown
 
 FINDINGS = ("chords", "pooled_critic", "guidance_per_step", "steps", "grids", "agreement", "defect", "hybrid",
             "gradient_route", "price", "pixels")
@@ -111,7 +112,7 @@ def table(finding, rows: list[dict], key: str) -> str:
     body = [[word(dict(line).get(k, "")) for k in names] + [cells.get(c, "-") for c in columns]
             for line, cells in lines.items()]
     head = names + [f"{key} {word(c)}" if i == 0 else word(c) for i, c in enumerate(columns)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *body])
+    return markdown(head, body)
 
 
 def report(name: str, content: dict) -> str:

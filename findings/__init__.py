@@ -20,3 +20,8 @@ A finding is a module with
 gaussian.py has the closed forms; affine.py and mixture.py the worlds in which students are trained, by the project's
 own losses.
 """
+
+
+def markdown(head: list[str], body: list[list[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *body])

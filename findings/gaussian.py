@@ -26,8 +26,8 @@ EULER_LIMIT = 2.0  # of gain(perfect_slope, s, grid, "euler") as the steps becom
 
 def perfect_slope(s: float, t: float) -> float:
     """g_t = s / S_t with S_t^2 = (1-t)^2 s^2 + t^2, the variance of noised data: G_t maps N((1-t) m, S_t^2) to the
-    data. This is the exact flow map from t to 0, and the optimum of DMD from noised real data among slopes above 0. (DMD
-    asks for the right distribution: -g_t would do as well.)"""
+    data. This is the exact flow map from t to 0, and among slopes above 0 the optimum of DMD from noised real data.
+    (DMD asks for the right distribution: -g_t would do as well.)"""
     return s / math.hypot((1 - t) * s, t)
 
 

@@ -8,9 +8,9 @@ ends at D / (1 - sqrt(S_w / S)).
 
 The offset of the samples' mean from that of the data, in units of the 1-step student's. Each student is trained on the
 grid that it is sampled on. The prediction knows D and S_w of the 1-step student, and supposes a critic that knows the
-timestep: then all timesteps make the same distribution. If such a student learns from its own states, its samples themselves are
-what DMD asks for, and the prediction is 1. A critic that sees the pool of all timesteps (pooled_critic.py) has no exact prediction. A
-student that has but one shift for all timesteps has to find a compromise.
+timestep: then all timesteps make the same distribution. If such a student learns from its own states, its samples
+themselves are what DMD asks for, and the prediction is 1. A critic that sees the pool of all timesteps
+(pooled_critic.py) has no exact prediction. A student that has but one shift for all timesteps has to find a compromise.
 """
 
 from findings.affine import MEAN, VARIANCE, sample_law, train

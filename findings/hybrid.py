@@ -7,6 +7,7 @@ more weight on the shortcuts, sampling steps that DMD never trains (8 steps), la
 regression could learn, a guided teacher, a weak teacher, and few or many updates.
 """
 
+from findings import markdown
 from findings.mixture import SIGNS, Ring, error, ratio, samples, student_of
 
 CLAIM = "Salt, appendix Tab. 1: at 4 steps SCFM is far worse than DMD-4, the naive hybrid DMD + SCFM worse still"
@@ -38,12 +39,11 @@ def measure(cell, seeds, fast):
 
 
 def summary(rows):
-    lines = ["| world | shift | guidance | updates | solver | SCFM | + 0.1 SCFM | + 1 SCFM | + 10 SCFM | SC-DMD 0.2 |",
-             "| --- " * 10 + "|"]
-    keys = ("world", "shift", "guidance", "updates", "solver")
+    keys, others = ("world", "shift", "guidance", "updates", "solver"), (*NAMES[2:], "SC-DMD 0.2")
+    body = []
     for setting in dict.fromkeys(tuple(row[k] for k in keys) for row in rows):
         of = {row["student"]: row["measured"] for row in rows
               if tuple(row[k] for k in keys) == setting and row["steps"] == 4}
-        others = [*(NAMES[2:]), "SC-DMD 0.2"]
-        lines.append("| " + " | ".join([*map(str, setting), *(ratio(of[n], of["DMD-4"]) for n in others)]) + " |")
-    return f"**Error at 4 steps / error of DMD-4** {SIGNS}\n\n" + "\n".join(lines)
+        body.append([*(f"{x:g}" if isinstance(x, float) else str(x) for x in setting),
+                     *(ratio(of[name], of["DMD-4"]) for name in others)])
+    return f"**Error at 4 steps / error of DMD-4** {SIGNS}\n\n" + markdown([*keys, *others], body)

@@ -30,7 +30,7 @@ from baselines.whole_clip import backward_simulation, sc_dmd_loss
 from cluster.files import read_tensors, write_tensors
 from config import Config
 from dmd import critic_loss, dmd_loss, score_times
-from findings import gaussian
+from findings import gaussian, markdown
 from flowmap import add_noise, flow_matching_loss, guided, per_frame, sample, schedule, to_x0
 from sc_loss import draw_triples, path_defects
 from stage import lr_factor
@@ -348,7 +348,7 @@ def regime_map(rows: list[dict], lines: tuple, compare) -> str:
         of_line = [row for row in rows if tuple(row[k] for k in lines) == line]
         body.append([*map(str, line), *(compare([r for r in of_line if (r["shift"], r["guidance"]) == regime])
                                         for regime in regimes)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *body])
+    return markdown(head, body)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,12 +13,14 @@ is finished there is not trained again.
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 
 import evaluate
 import train
 from cluster.files import replacing
 from cluster.run_folder import alone_in
 from config import STAGES, Config
+from findings import markdown
 from stage import is_finished, path_of
 
 CLAIM = "Salt Tab. 4, Fig. 1, 5, A.1, on the clips of the toy world (two hours: it trains every student)"
@@ -98,15 +100,26 @@ def value_of(row, quantity) -> float | None:
 
 
 def summary(rows) -> str:
-    """Render error and contrast at 4 and 16 steps, means over seeds, and in how many seeds more steps are worse."""
+    """Render error and contrast of the students, each at its own number of steps (Salt Fig. 1), and all at 4 steps."""
     values = {(r["score_guidance"], r["solver"], r["stage"], r["steps"], r["quantity"]): r["measured"] for r in rows}
-    lines = ["| guidance | solver | stage | render error, 4 steps | 16 | contrast, 4 steps | 16 | worse at 16 |",
-             "|---|---|---|---|---|---|---|---|"]
-    for w, solver, stage in dict.fromkeys(key[:3] for key in sorted(values, key=lambda key: key[:2])):
-        cells = [values[w, solver, stage, steps, quantity] for quantity in ("render_error", "contrast")
-                 for steps in (4, 16)]
-        worse = [after > before for before, after in zip(*cells[:2])]
-        verdict = f"in {sum(worse)} of {len(worse)} seeds"
-        means = [f"{sum(of) / len(of):.{digits}f}" for of, digits in zip(cells, (4, 4, 3, 3))]
-        lines.append(f"| {w:g} | {solver} | `{stage}` | " + " | ".join([*means, verdict]) + " |")
-    return "\n".join(lines)
+    regimes = list(dict.fromkeys((r["score_guidance"], r["solver"]) for r in rows))
+    own = {"dmd4": 4, "dmd8": 8, "dmd16": 16}
+
+    def entry(*key):
+        return f"{mean(values[*key, 'render_error']):.4f}, {mean(values[*key, 'contrast']):.3f}"
+
+    def in_seeds(after, before):
+        worse = [x > y for x, y in zip(values[*after, "render_error"], values[*before, "render_error"])]
+        return f"in {sum(worse)} of {len(worse)} seeds"
+
+    by_k = [[f"{w:g}", solver, *(entry(w, solver, stage, k) for stage, k in own.items()),
+             in_seeds((w, solver, "dmd16", 16), (w, solver, "dmd4", 4))] for w, solver in regimes]
+    at_4 = [[f"{w:g}", solver, *(entry(w, solver, stage, 4) for stage in ("dmd4", "dmd8", "sc_dmd")),
+             in_seeds((w, solver, "dmd8", 4), (w, solver, "dmd4", 4)),
+             in_seeds((w, solver, "sc_dmd", 4), (w, solver, "dmd4", 4))] for w, solver in regimes]
+    return "\n\n".join((
+        "**Each student at its own number of steps** (render error, contrast)",
+        markdown(["score_guidance", "solver", "dmd4, 4 steps", "dmd8, 8", "dmd16, 16", "dmd16 worse than dmd4"], by_k),
+        "**All at 4 steps** (render error, contrast)",
+        markdown(["score_guidance", "solver", "dmd4", "dmd8", "sc_dmd", "dmd8 worse than dmd4",
+                  "sc_dmd worse than dmd4"], at_4)))

@@ -14,6 +14,7 @@ student is not trained but sampled by flowmap.sample.
 
 from statistics import mean as average
 
+from findings import markdown
 from findings.affine import MEAN, VARIANCE, sample_law, train
 from findings.gaussian import composing_slope, gain, perfect_slope, sampled_gain
 from flowmap import schedule
@@ -58,12 +59,13 @@ def summary(rows):
     """For each student and number of steps, the solver whose contrast is nearer to that of one step of DMD."""
     contrast = {(row["guidance"], row["student"], row["solver"], row["steps"]): average(row["measured"])
                 for row in rows if row["quantity"] == "contrast"}
-    lines = ["| guidance | student | nearer at 2 steps | 4 | 8 |", "|---|---|---|---|---|"]
+    body = []
     for w, student in dict.fromkeys(key[:2] for key in contrast):
         target, entries = contrast[w, "DMD", "cm", 1], []
         for steps in STEPS[1:]:
             errors = {solver: contrast[w, student, solver, steps] - target for solver in ("cm", "euler")}
             nearer, other = sorted(errors, key=lambda solver: abs(errors[solver]))
             entries.append(f"{nearer} ({errors[nearer]:+.2f}, {other} {errors[other]:+.2f})")
-        lines.append(f"| {w:g} | {student} | " + " | ".join(entries) + " |")
-    return "**Which solver keeps the contrast of the 1-step DMD student**\n\n" + "\n".join(lines)
+        body.append([f"{w:g}", student, *entries])
+    return ("**Which solver keeps the contrast of the 1-step DMD student**\n\n"
+            + markdown(["guidance", "student", "nearer at 2 steps", "4", "8"], body))
