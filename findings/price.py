@@ -46,8 +46,9 @@ def measure(cell, seeds, fast):
             if student in LAMBDAS:
                 mean, variance = sample_law(params, grid, path, solver)
                 contrast = (variance.sqrt() / STD).tolist()
-                rows.append({**settings, "quantity": "offset", "measured": (mean - MEAN).tolist(),
-                             "predicted": 0.0 if slope else None})
+                if cell["guidance"] > 1:
+                    rows.append({**settings, "quantity": "offset", "measured": (mean - MEAN).tolist(),
+                                 "predicted": None})
             else:
                 contrast = [sampled_gain(slope, STD, path, solver, seed) for seed in seeds]
             rows.append({**settings, "quantity": "contrast", "measured": contrast,
