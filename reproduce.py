@@ -149,7 +149,11 @@ def draw(name: str, content: dict, path: Path) -> bool:
                                    layout="constrained")
     columns = list(dict.fromkeys(row[key] for row in rows))
     hidden = {key, *finding.PANELS, *getattr(finding, "SHOWN", {})}
-    names = list(dict.fromkeys(tuple(v for k, v in settings(row).items() if k not in hidden) for row in rows))
+
+    def line_of(row):
+        return tuple(v if isinstance(v, str) else f"{k} {word(v)}" for k, v in settings(row).items() if k not in hidden)
+
+    names = list(dict.fromkeys(line_of(row) for row in rows))
     colours, styles = (list(dict.fromkeys(part)) for part in zip(*((line[:1], line[1:]) for line in names)))
     for i, down in enumerate(panels[0]):
         for j, right in enumerate(panels[1]):
@@ -158,15 +162,14 @@ def draw(name: str, content: dict, path: Path) -> bool:
             ax.set_title(", ".join(f"{name} {word(value)}" for name, value in zip(finding.PANELS, (down, right))
                                    if value is not None), fontsize=8)
             for line in names:
-                of_line = [r for r in here if tuple(v for k, v in settings(r).items() if k not in hidden) == line]
-                of_line.sort(key=lambda row: columns.index(row[key]))
+                of_line = sorted((row for row in here if line_of(row) == line), key=lambda row: columns.index(row[key]))
                 if not of_line:
                     continue
                 x = [columns.index(row[key]) for row in of_line]
                 colour, style = f"C{colours.index(line[:1]) % 10}", styles.index(line[1:]) % 4
                 ax.errorbar(x, [mean(row["measured"]) for row in of_line], [spread(row) for row in of_line], capsize=2,
                             linewidth=1, markersize=4, color=colour, marker="os^d"[style],
-                            linestyle=["-", ":", "-.", "--"][style], label=" ".join(map(word, line)))
+                            linestyle=["-", ":", "-.", "--"][style], label=", ".join(line))
                 exact = [(k, row["predicted"]) for k, row in zip(x, of_line) if row["predicted"] is not None]
                 if exact:
                     ax.plot(*zip(*exact), color=colour, linestyle="--", linewidth=2.5, alpha=0.35)
