@@ -18,6 +18,7 @@ import math
 import platform
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -30,6 +31,7 @@ from findings import markdown
 FINDINGS = ("chords", "pooled_critic", "guidance_per_step", "steps", "grids", "agreement", "defect", "hybrid",
             "gradient_route", "price", "pixels")
 SEEDS = range(100, 105)  # settings were chosen on others
+EXACT = dict(linestyle="--", linewidth=2.5, alpha=0.4)  # how predictions are drawn
 
 
 def module_of(name: str):
@@ -143,50 +145,50 @@ def draw(name: str, content: dict, path: Path) -> bool:
     finding = module_of(name)
     quantity, label = next(iter(finding.QUANTITIES.items()))
     rows, key = rows_of(finding, content, quantity), across(finding, quantity)
-    panels = [list(dict.fromkeys(row.get(p) for row in rows)) for p in finding.PANELS]
-    figure, axes = pyplot.subplots(len(panels[0]), len(panels[1]), squeeze=False, sharex=True, sharey="row",
-                                   figsize=(max(6, 2 + 2.6 * len(panels[1])), max(4, 1.2 + 2.1 * len(panels[0]))),
-                                   layout="constrained")
-    columns = list(dict.fromkeys(row[key] for row in rows))
     hidden = {key, *finding.PANELS, *getattr(finding, "SHOWN", {})}
 
     def line_of(row):
         return tuple(v if isinstance(v, str) else f"{k} {word(v)}" for k, v in settings(row).items() if k not in hidden)
 
-    names = list(dict.fromkeys(line_of(row) for row in rows))
-    colours, styles = (list(dict.fromkeys(part)) for part in zip(*((line[:1], line[1:]) for line in names)))
-    for i, down in enumerate(panels[0]):
-        for j, right in enumerate(panels[1]):
-            ax = axes[i][j]
-            here = [row for row in rows if (row.get(finding.PANELS[0]), row.get(finding.PANELS[1])) == (down, right)]
-            ax.set_title(", ".join(f"{name} {word(value)}" for name, value in zip(finding.PANELS, (down, right))
-                                   if value is not None), fontsize=8)
-            for line in names:
-                of_line = sorted((row for row in here if line_of(row) == line), key=lambda row: columns.index(row[key]))
-                if not of_line:
-                    continue
-                x = [columns.index(row[key]) for row in of_line]
-                colour, style = f"C{colours.index(line[:1]) % 10}", styles.index(line[1:]) % 4
-                ax.errorbar(x, [mean(row["measured"]) for row in of_line], [spread(row) for row in of_line], capsize=2,
-                            linewidth=1, markersize=4, color=colour, marker="os^d"[style],
-                            linestyle=["-", ":", "-.", "--"][style], label=", ".join(line))
-                exact = [(k, row["predicted"]) for k, row in zip(x, of_line) if row["predicted"] is not None]
-                if exact:
-                    ax.plot(*zip(*exact), color=colour, linestyle="--", linewidth=2.5, alpha=0.35)
-            ax.set_xticks(range(len(columns)), map(word, columns), fontsize=7,
-                          rotation=20 if max(len(word(c)) for c in columns) > 6 else 0)
-            ax.tick_params(axis="y", labelsize=7)
-            ax.grid(alpha=0.3)
+    columns, names = (list(dict.fromkeys(of(row) for row in rows)) for of in (lambda row: row[key], line_of))
+    panels = [list(dict.fromkeys(row.get(panel) for row in rows)) for panel in finding.PANELS]
+    figure, axes = pyplot.subplots(len(panels[0]), len(panels[1]), squeeze=False, sharex=True, sharey="row",
+                                   figsize=(max(6, 2 + 2.6 * len(panels[1])), max(4, 1.2 + 2.1 * len(panels[0]))),
+                                   layout="constrained")
+    for (i, down), (j, right) in product(*map(enumerate, panels)):
+        here = {name: [row for row in rows if line_of(row) == name and
+                       [row.get(panel) for panel in finding.PANELS] == [down, right]] for name in names}
+        draw_lines(axes[i][j], here, key, columns)
+        axes[i][j].set_title(", ".join(f"{panel} {word(value)}" for panel, value in zip(finding.PANELS, (down, right))
+                                       if value is not None), fontsize=8)
     figure.supxlabel(key, fontsize=9)
     figure.supylabel(label, fontsize=9)
     handles = {h.get_label(): h for ax in axes.flat for h in ax.get_legend_handles_labels()[0]}
-    handles |= {"exact": pyplot.Line2D([], [], color="grey", linestyle="--", linewidth=2.5, alpha=0.5)} if any(
-        row["predicted"] is not None for row in rows) else {}
+    if any(row["predicted"] is not None for row in rows):
+        handles["exact"] = pyplot.Line2D([], [], color="grey", **EXACT)
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, fontsize=7)
     with replacing(path) as fresh:
         figure.savefig(fresh, format="png", dpi=80)
     pyplot.close(figure)
     return True
+
+
+def draw_lines(ax, lines: dict[tuple, list[dict]], key: str, columns: list) -> None:
+    """The rows of one panel, by the settings that tell lines apart: the first has a colour, the others a marker."""
+    colours, styles = (list(dict.fromkeys(part)) for part in zip(*((name[:1], name[1:]) for name in lines)))
+    for name, rows in lines.items():
+        colour, style = f"C{colours.index(name[:1]) % 10}", styles.index(name[1:]) % 4
+        x = [columns.index(row[key]) for row in rows]
+        if rows:
+            ax.errorbar(x, [mean(row["measured"]) for row in rows], [spread(row) for row in rows], color=colour,
+                        marker="os^d"[style], linestyle=["-", ":", "-.", "--"][style], markersize=4, linewidth=1,
+                        capsize=2, label=", ".join(name))
+        if exact := [(k, row["predicted"]) for k, row in zip(x, rows) if row["predicted"] is not None]:
+            ax.plot(*zip(*exact), color=colour, **EXACT)
+    ax.set_xticks(range(len(columns)), map(word, columns), fontsize=7,
+                  rotation=20 if max(len(word(c)) for c in columns) > 6 else 0)
+    ax.tick_params(axis="y", labelsize=7)
+    ax.grid(alpha=0.3)
 
 
 def parse(argv=None):
