@@ -34,7 +34,7 @@ def summary(rows):
     def against(one, other):
         def entry(rows):
             of = {row["student"]: row["measured"] for row in rows}
-            return ratio(of[one], of[other]) if {one, other} <= of.keys() else "-"
+            return ratio(of[one], of[other]) if {one, other} <= of.keys() else ""
         return entry
 
     rows = [row for row in rows if row["quantity"] == "error"]

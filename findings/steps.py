@@ -44,7 +44,7 @@ def measure(cell, seeds, fast):
 def summary(rows):
     def from_4_to_16(entry):
         at = {row["steps"]: row["measured"] for row in entry}
-        return ratio(at[16], at[4]) if {4, 16} <= at.keys() else "-"
+        return ratio(at[16], at[4]) if {4, 16} <= at.keys() else ""
 
     rows = [row for row in rows if row["quantity"] == "error"]
     return (f"**Error of the 16-step student / error of the 4-step student** {SIGNS}\n\n"

@@ -248,11 +248,12 @@ def scores(model):
     for i in range(1, FRAMES):
         mean[:, i] = model(labels[:, : 11 + i + 1], i, g)[:, i]
     turn, back = commanded(labels, WHOLE_TURN), commanded(labels, AWAY_AND_BACK)
-    x = torch.stack([model(labels, 1, g) for _ in range(2)])
+    x = [model(labels, 1, g) for _ in range(2)]
+    nearest = torch.stack([nearest_rooms(of, poses)[0] for of in x])
     return {**room.determined_errors(mean, rooms, poses),
             "memory_error": room.memory_error(model(turn, 12, g), *read(turn)[:2], 12),
             "return_error": room.return_error(model(back, 1, g)),
-            "variety": room.variety(torch.stack([nearest_rooms(of, poses)[0] for of in x]), poses, 1), **ROOM.measure(x[0], labels)}
+            "variety": room.variety(nearest, poses, 1), **ROOM.measure(x[0], labels)}
 
 
 FAILS = {  # what each model fails; it passes all else
@@ -277,15 +278,15 @@ def test_each_measure_sees_its_fault_and_no_other(model):
     assert failed == set(FAILS[model].split())
 
 
-@pytest.mark.parametrize("given", [0, 1, 4])
+@pytest.mark.parametrize("given", [1, 4])
 def test_variety_knows_the_law_of_the_world(given):
     """Bug: a world that is not as varied as itself, because a colour that the past shows cannot come again, or because
     variables are counted that one of two clips does not reveal."""
-    g, labels = torch.Generator().manual_seed(2), ROOM.draw_labels(2000, 10, torch.Generator().manual_seed(3))
+    g, labels = torch.Generator().manual_seed(2), ROOM.draw_labels(500, 8, torch.Generator().manual_seed(3))
     rooms, poses, _ = read(labels)
     known = seen(rooms, poses[:, :given])
-    futures = torch.stack([redraw(rooms, known, torch.rand(2000, 10, generator=g)) for _ in range(3)])
-    assert abs(room.variety(futures, poses, given) - 1) < 0.02
+    futures = torch.stack([redraw(rooms, known, torch.rand(500, 10, generator=g)) for _ in range(3)])
+    assert abs(room.variety(futures, poses, given) - 1) < 0.03
     assert room.variety(futures[:1].expand(2, -1, -1), poses, given) == 0
 
 
