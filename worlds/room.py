@@ -1,7 +1,7 @@
 """The room: clips of a walk through a hidden room, and their exact measurement.
 
 A square room has four walls of different colours and four fixed places, each of them empty or with a white, a black or
-an orange pillar. Somebody walks and turns in it; a clip is `f` frames of 16 x 24 RGB pixels of what he sees, shifted
+an orange pillar. Somebody walks and turns in it; a clip is `f` frames of 16 x 24 RGB pixels of what they see, shifted
 and scaled to unit variance as the latents of a video model are. A model is told the actions, not the room: what it has
 not seen yet it must invent, what it has seen it must remember, and the camera must go where the actions say. A pillar
 place stops the walker even when it is empty, so a path never depends on the hidden room.
