@@ -24,7 +24,6 @@ from findings import markdown
 from stage import is_finished, path_of
 
 CLAIM = "Salt Tab. 4, Fig. 1, 5, A.1, on the clips of the toy world (two hours: it trains every student)"
-ACROSS = "steps"
 QUANTITIES = {
     "render_error": "render error (the world's variance is 1)",
     "brightness": "mean pixel minus the world's (in the world's standard deviations)",
@@ -34,7 +33,10 @@ QUANTITIES = {
     "from_2_steps": "difference to the clip of 2 steps (in the world's standard deviations)",
     "from_4_steps": "difference to the clip of 4 steps (in the world's standard deviations)",
     "defect": "semigroup defect along the 4-step path",
+    "jump_brightness": "brightness of one jump from noised real clips, minus the world's",
+    "jump_contrast": "contrast of one jump from noised real clips / the world's",
 }
+ACROSS = dict.fromkeys(QUANTITIES, "steps") | {"jump_brightness": "timestep", "jump_contrast": "timestep"}
 PANELS = ("score_guidance", "solver")
 SEEDS = (1, 2, 3)  # the toy's settings were chosen on 0
 ROOT = Path("runs/findings/pixels")
@@ -56,6 +58,11 @@ def measure(cell, seeds, fast) -> list[dict]:
             values = [value_of(rows[solver, steps], quantity) for rows in of_seeds]
             if None not in values:
                 found.append(settings | {"quantity": quantity, "measured": values, "predicted": None})
+    jumps = [rows["cm", 1]["by_level"] for rows in of_seeds]
+    for name in ("brightness", "contrast"):
+        for i, t in list(enumerate(jumps[0]["t"]))[::2]:
+            found.append(cell | {"timestep": round(t, 3), "quantity": f"jump_{name}",
+                                 "measured": [jump[name][i] for jump in jumps], "predicted": None})
     return found
 
 
@@ -96,11 +103,12 @@ def value_of(row, quantity) -> float | None:
         return row["defect"] if (row["solver"], row["steps"]) == ("euler", 4) else None
     if quantity.startswith("from_"):
         return row["agreement"].get(f"{quantity.split('_')[1]}-{row['steps']}")
-    return row[quantity]
+    return row.get(quantity)
 
 
 def summary(rows) -> str:
     """Render error and contrast of the students, each at its own number of steps (Salt Fig. 1), and all at 4 steps."""
+    rows = [r for r in rows if "steps" in r]
     values = {(r["score_guidance"], r["solver"], r["stage"], r["steps"], r["quantity"]): r["measured"] for r in rows}
     regimes = list(dict.fromkeys((r["score_guidance"], r["solver"]) for r in rows))
     own = {"dmd4": 4, "dmd8": 8, "dmd16": 16}
