@@ -8,7 +8,8 @@
 
 Findings are modules of findings/, which says what such a module has; docs/findings/ has a page for each. A finding is
 cut into cells, each saved when it is done in results/findings/NAME.json or --out: a stopped run goes on where it
-stopped, and one that is complete is shown. The figure, NAME.png beside it, needs matplotlib.
+stopped, and one that is complete is shown. Most take 1 to 4 minutes on one core; steps, grids and hybrid about 20;
+pixels two hours. Trained students are kept in runs/findings. The figure, NAME.png beside the results, needs matplotlib.
 """
 
 import argparse
@@ -40,16 +41,18 @@ def module_of(name: str):
     return importlib.import_module(f"findings.{name}")
 
 
-def run(name: str, seeds: list[int], fast: bool, out: Path) -> dict:
-    """Measure the cells that are not in out/NAME.json yet. ValueError if that file is of other seeds."""
+def run(name: str, seeds: list[int], fast: bool, out: Path) -> tuple[dict, bool]:
+    """Measure the cells that are not in out/NAME.json yet. Returns what is in it then, and whether that is more than
+    before. ValueError if that file is of other seeds."""
     finding, path = module_of(name), out / f"{name}.json"
     content = {"finding": name, "seeds": seeds, "fast": fast, "torch": torch.__version__, "machine": platform.machine(),
                "cells": []}
     if path.exists():
         content = read_json(path, "the results of an earlier run")
-        if (content.get("seeds"), content.get("fast")) != (seeds, fast):
-            raise ValueError(f"got {path} with seeds {content.get('seeds')}, expected {seeds}: change --seeds, or "
-                             "--out")
+        asked, there = (f"seeds {of}{' of --fast' if quick else ''}" for of, quick in (
+            (seeds, fast), (content.get("seeds"), content.get("fast"))))
+        if asked != there:
+            raise ValueError(f"got {path} with {there}, expected {asked}: give another --out, or change --seeds")
     cells = finding.cells(fast)
     done = {json.dumps(cell["settings"]): cell for cell in content["cells"]}
     left = [cell for cell in cells if json.dumps(cell) not in done]
@@ -60,7 +63,7 @@ def run(name: str, seeds: list[int], fast: bool, out: Path) -> dict:
         rows = finding.measure(cell, seeds, fast)
         done[json.dumps(cell)] = {"settings": cell, "seconds": round(time.monotonic() - start, 1), "rows": rows}
         write_json(path, content | {"cells": [done[json.dumps(c)] for c in cells if json.dumps(c) in done]})
-    return content | {"cells": [done[json.dumps(c)] for c in cells]}
+    return content | {"cells": [done[json.dumps(c)] for c in cells]}, bool(left)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,7 +199,8 @@ def parse(argv=None):
                                     allow_abbrev=False)
     flags.add_argument("name", nargs="?", help="the finding; all are listed without")
     flags.add_argument("--seeds", type=int, help="how many seeds (default: 5, counted from 100; pixels: 3, from 1)")
-    flags.add_argument("--fast", action="store_true", help="few and small cells, to see that it runs")
+    flags.add_argument("--fast", action="store_true",
+                       help="few and small cells, to see that it runs; their numbers mean nothing")
     flags.add_argument("--out", default="", help="folder of the results (default: results/findings, and "
                                                  "runs/findings/fast with --fast)")
     return flags.parse_args(argv)
@@ -214,10 +218,12 @@ def main(argv=None):
     seeds = [seeds[0] + i for i in range(args.seeds or len(seeds))]
     torch.set_num_threads(1)  # the networks are small, and so nothing depends on the number of cores
     out = Path(args.out or ("runs/findings/fast" if args.fast else "results/findings"))
-    content = run(args.name, seeds, args.fast, out)
+    if out.is_file():
+        raise ValueError(f"got --out {out}, which is a file, expected a folder")
+    content, measured_now = run(args.name, seeds, args.fast, out)
     print(report(args.name, content))
     figure = out / f"{args.name}.png"
-    if not draw(args.name, content, figure):
+    if (measured_now or not figure.exists()) and not draw(args.name, content, figure):
         print(f"got no matplotlib, expected it for {figure}: pip install matplotlib", file=sys.stderr)
 
 

@@ -17,6 +17,9 @@ A finding is a module with
                  predicted  what the exact reference gives, or None where there is none
     summary(rows) -> text in Markdown, optional: a verdict for each regime, computed from the rows
 
+A finding's name stands in FINDINGS of reproduce.py. Its page has five parts, and between <!-- begin --> and <!-- end
+--> what `python reproduce.py NAME` prints, with its results in results/findings; a test compares them.
+
 gaussian.py has the closed forms; affine.py and mixture.py the worlds in which students are trained, by the project's
 own losses.
 """

@@ -9,13 +9,14 @@ a clip is `1 2 1 1`, one frame of one pixel of two channels; a batch `(seeds n) 
 and its text is their labels `(seeds n)`. Losses are the project's: baselines.whole_clip.sc_dmd_loss (dmd.dmd_loss and
 sc_loss.sc_loss), dmd.critic_loss, baselines.consistency.shortcut_loss, flowmap.flow_matching_loss.
 
-SETTINGS were chosen once for all students and regimes, on other seeds. Each seed has draws of its own, but for what
+The settings were chosen once for all students and regimes, on other seeds. Each seed has draws of its own, but for what
 steers all alike: the exit of backward simulation, the start and stride of shortcuts. A training triple of L_SC is drawn
 for each timestep and update, not for each point.
 """
 
 import copy
 import math
+import zlib
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -36,13 +37,13 @@ from sc_loss import draw_triples, path_defects
 from stage import lr_factor
 from worlds.draws import generator
 
-FOLDER = Path("runs/findings")  # where trained students are kept
+FOLDER = Path("runs/findings")  # where trained students are kept, until one of these files is changed
+CODE = zlib.crc32(b"".join((Path(__file__).parents[1] / f"{name}.py").read_bytes() for name in (
+    "findings/mixture", "baselines/whole_clip", "baselines/consistency", "dmd", "sc_loss", "flowmap")))
 WEIGHTS, FLOW_MATCHING, DISTILLATION, EVALUATION = range(4)  # what random numbers are for
 START_UPDATES, N_START, START_LR, START_EMA, NO_LABEL = 1500, 128, 3e-3, 0.995, 0.1  # flow matching
 N_BATCH, LR, CRITIC_LR, CRITIC_STEPS, EMA = 64, 5e-4, 2e-3, 2, 0.95  # students; critic updates come before each
 WIDTH, DEPTH, SHORTCUT_GRID = 64, 3, 32
-SETTINGS = [N_START, START_LR, START_EMA, NO_LABEL, N_BATCH, LR, CRITIC_LR, CRITIC_STEPS, EMA, WIDTH, DEPTH,
-            SHORTCUT_GRID]
 N_EVAL, MOST_STEPS = 4000, 16  # points of a label that are measured; the finest grid of all
 
 
@@ -281,7 +282,7 @@ def distil(world: Ring, start: Nets, student: Student, seeds, shift, guidance, u
 
 def trained(name: str, seeds, shift: float, guidance: float, updates: int, world=Ring(), start_updates=START_UPDATES):
     """A student of STUDENTS, or "start", from FOLDER if it was trained before."""
-    of_start = dict(world=asdict(world), seeds=list(seeds), updates=start_updates, settings=SETTINGS)
+    of_start = dict(world=asdict(world), seeds=list(seeds), updates=start_updates, code=CODE)
     settings = of_start if name == "start" else dict(of_start, student=asdict(STUDENTS[name]), shift=shift,
                                                      guidance=guidance, distilled=updates)
     words = [name, f"start {start_updates}", f"seeds {seeds[0]} to {seeds[-1]}"]
@@ -335,7 +336,8 @@ def ratio(a: list[float], b: list[float]) -> str:
     return text + (" +" if mean(difference) > 0 else " -")
 
 
-SIGNS = "(+ larger, - smaller, = within three standard errors of the differences of each seed; 1 in 25 signs is chance)"
+SIGNS = ("(+ larger, - smaller, by more than three standard errors of the differences seed by seed; = neither. Where "
+         "nothing differs, 1 entry in 25 gets a sign all the same)")
 
 
 def regime_map(rows: list[dict], lines: tuple, compare) -> str:

@@ -29,7 +29,6 @@ QUANTITIES = {
     "brightness": "mean pixel minus the world's (in the world's standard deviations)",
     "contrast": "contrast / the world's",
     "motion": "motion / the world's",
-    "prompt_accuracy": "fraction of clips that show their prompt",
     "from_2_steps": "difference to the clip of 2 steps (in the world's standard deviations)",
     "from_4_steps": "difference to the clip of 4 steps (in the world's standard deviations)",
     "defect": "semigroup defect along the 4-step path",

@@ -69,13 +69,26 @@ def test_a_stopped_run_goes_on_and_a_complete_one_measures_nothing(tmp_path, mon
     with pytest.raises(KeyboardInterrupt):
         reproduce.run("chords", [1, 2], False, tmp_path)
     finding.stop_at = None
-    content = reproduce.run("chords", [1, 2], False, tmp_path)
-    assert finding.measured == [1, 2, 3] and [c["settings"]["x"] for c in content["cells"]] == [1, 2, 3]
-    assert reproduce.run("chords", [1, 2], False, tmp_path) == content == json.loads(
-        (tmp_path / "chords.json").read_text())
-    assert finding.measured == [1, 2, 3]
-    with pytest.raises(ValueError, match="with seeds \\[1, 2\\], expected \\[1\\]: change --seeds, or --out"):
+    content, measured_now = reproduce.run("chords", [1, 2], False, tmp_path)
+    assert measured_now and finding.measured == [c["settings"]["x"] for c in content["cells"]] == [1, 2, 3]
+    assert reproduce.run("chords", [1, 2], False, tmp_path) == (content, False)
+    assert content == json.loads((tmp_path / "chords.json").read_text()) and finding.measured == [1, 2, 3]
+    with pytest.raises(ValueError, match="with seeds \\[1, 2\\], expected seeds \\[1\\]: give another --out"):
         reproduce.run("chords", [1], False, tmp_path)
+    with pytest.raises(ValueError, match="expected seeds \\[1, 2\\] of --fast: give another --out"):
+        reproduce.run("chords", [1, 2], True, tmp_path)
+    with pytest.raises(ValueError, match="which is a file, expected a folder"):
+        reproduce.main(["chords", "--out", str(tmp_path / "chords.json")])
+
+
+def test_a_student_is_trained_again_when_the_code_has_changed(monkeypatch):
+    """Bug: a changed loss that seems to have no effect, because students of the old one are kept."""
+    trained = []
+    monkeypatch.setattr(mixture, "distil", lambda world, start, *rest: trained.append(rest) or start)
+    for code, wanted in ((1, 1), (1, 1), (2, 2)):
+        monkeypatch.setattr(mixture, "CODE", code)
+        mixture.trained("DMD-4", [1], 5.0, 1.0, 2, start_updates=1)
+        assert len(trained) == wanted
 
 
 def test_the_table_has_mean_spread_and_prediction(tmp_path, monkeypatch):
@@ -83,7 +96,7 @@ def test_the_table_has_mean_spread_and_prediction(tmp_path, monkeypatch):
     finding = Counting()
     finding.stop_at = None
     monkeypatch.setattr(reproduce, "module_of", lambda name: finding)
-    content = reproduce.run("chords", [0, 2], False, tmp_path)
+    content, _ = reproduce.run("chords", [0, 2], False, tmp_path)
     assert reproduce.report("chords", content).splitlines() == [
         "**y of the test**", "", "| up | right | x 1 | 2 | 3 |", "| --- | --- | --- | --- | --- |",
         "| 1 | a | 1.10 ± 0.14 (0.500) | 2.10 ± 0.14 (0.500) | 3.10 ± 0.14 (0.500) |"]
