@@ -327,7 +327,7 @@ def student_of(name: str, seeds, cell: dict, fast: bool, world=Ring()) -> Nets:
 def ratio(a: list[float], b: list[float]) -> str:
     """mean a / mean b, and whether a is larger (+) or smaller (-), or neither is known (=): the mean of the differences
     of each seed against three of its standard errors (for five seeds p = .04). No sign for a single seed."""
-    text = f"{mean(a) / mean(b):.2f}"
+    text = f"{mean(a) / mean(b):.2f}" if mean(a) < 100 * mean(b) else "over 100"
     if len(a) == 1:
         return text
     difference = [x - y for x, y in zip(a, b)]

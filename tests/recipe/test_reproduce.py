@@ -137,7 +137,7 @@ def test_a_verdict_needs_seeds_that_agree():
     assert mixture.ratio([2.0, 3.0, 4.0], [1.0, 2.0, 3.0]) == "1.50 +"
     assert mixture.ratio([1.0, 2.0, 3.0], [2.0, 3.0, 4.0]) == "0.67 -"
     assert mixture.ratio([1.0, 2.0, 9.0], [1.0, 2.0, 3.0]) == "2.00 ="
-    assert mixture.ratio([3.0], [2.0]) == "1.50"
+    assert mixture.ratio([3.0], [2.0]) == "1.50" and mixture.ratio([1e9], [2.0]) == "over 100"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
