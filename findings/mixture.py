@@ -9,9 +9,10 @@ a clip is `1 2 1 1`, one frame of one pixel of two channels; a batch `(seeds n) 
 and its text is their labels `(seeds n)`. Losses are the project's: baselines.whole_clip.sc_dmd_loss (dmd.dmd_loss and
 sc_loss.sc_loss), dmd.critic_loss, baselines.consistency.shortcut_loss, flowmap.flow_matching_loss.
 
-The settings were chosen once for all students and regimes, on other seeds. Each seed has draws of its own, but for what
-steers all alike: the exit of backward simulation, the start and stride of shortcuts. A training triple of L_SC is drawn
-for each timestep and update, not for each point.
+The settings were chosen once for all students and regimes, on other seeds; scores are compared at timesteps of shift 1
+whatever the student's grid. Each seed has draws of its own, but for what steers all alike: the exit of backward
+simulation, the start and stride of shortcuts. A training triple of L_SC is drawn for each timestep and update, not for
+each point.
 """
 
 import copy
