@@ -113,9 +113,13 @@ def summary(rows) -> str:
     own = {"dmd4": 4, "dmd8": 8, "dmd16": 16}
 
     def entry(*key):
+        if (*key, "render_error") not in values:
+            return ""
         return f"{mean(values[*key, 'render_error']):.4f}, {mean(values[*key, 'contrast']):.3f}"
 
     def in_seeds(after, before):
+        if not {(*after, "render_error"), (*before, "render_error")} <= values.keys():
+            return ""
         worse = [x > y for x, y in zip(values[*after, "render_error"], values[*before, "render_error"])]
         return f"in {sum(worse)} of {len(worse)} seeds"
 

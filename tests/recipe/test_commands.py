@@ -128,7 +128,8 @@ def run_sample(words):
 
 
 def run_reproduce(words):
-    reproduce.main([*words, *(["--fast"] if words else [])])
+    few = ["--fast", *([] if "--seeds" in words else ["--seeds", "1"])]
+    reproduce.main([*words, *(few if words else [])])
 
 
 def run_tool(name, words, monkeypatch):
