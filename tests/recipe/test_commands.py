@@ -31,6 +31,7 @@ import train  # noqa: E402
 import wan21.weights  # noqa: E402
 from cluster.files import metadata_of  # noqa: E402
 from config import RECIPE, STAGES  # noqa: E402
+from findings import mixture  # noqa: E402
 from model import SIZES, CausalWan  # noqa: E402
 from tools import bench, convert, encode_prompts, plan  # noqa: E402
 from worlds import toy  # noqa: E402
@@ -127,7 +128,8 @@ def run_sample(words):
     assert out is None or Path(out).exists()
 
 
-def run_reproduce(words):
+def run_reproduce(words, monkeypatch):
+    monkeypatch.setattr(mixture, "N_EVAL", 200)
     few = ["--fast", *([] if "--seeds" in words else ["--seeds", "1"])]
     reproduce.main([*words, *(few if words else [])])
 
@@ -172,7 +174,10 @@ def run(words, monkeypatch):
     elif words[:2] == ["python", "-m"]:
         run_tool(words[2].removeprefix("tools."), words[3:], monkeypatch)
     elif words[0] == "python":
-        {"train.py": run_train, "sample.py": run_sample, "reproduce.py": run_reproduce}[words[1]](words[2:])
+        if words[1] == "reproduce.py":
+            run_reproduce(words[2:], monkeypatch)
+        else:
+            {"train.py": run_train, "sample.py": run_sample}[words[1]](words[2:])
     else:
         assert words == ["pytest"], words
 
