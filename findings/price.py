@@ -19,7 +19,7 @@ from findings.affine import MEAN, VARIANCE, sample_law, train
 from findings.gaussian import composing_slope, gain, perfect_slope, sampled_gain
 from flowmap import schedule
 
-CLAIM = "Salt Tab. A.1: lambda .2 is best, .4 and 1 trade quality for semantics. Here: they trade contrast"
+CLAIM = "Salt, appendix Tab. 1: lambda .2 is best, .4 and 1 trade quality for semantics. Here: they trade contrast"
 ACROSS = "steps"
 QUANTITIES = {"contrast": "std of the samples / std of the data", "offset": "mean of the samples - mean of the data"}
 PANELS = ("guidance", "solver")
