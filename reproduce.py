@@ -100,7 +100,7 @@ def spread(row: dict) -> float:
 def entry(row: dict) -> str:
     """Mean and standard deviation over seeds, unless it rounds to 0; in brackets what the exact reference predicts."""
     text = number(mean(row["measured"]))
-    deviation = f"{spread(row):.{len(text.partition('.')[2])}f}"
+    deviation = number(spread(row)) if "e" in text else f"{spread(row):.{len(text.partition('.')[2])}f}"
     if float(deviation) > 0:
         text += f" ± {deviation}"
     return text if row["predicted"] is None else f"{text} ({number(row['predicted'])})"
@@ -162,6 +162,7 @@ def draw(name: str, content: dict, path: Path) -> bool:
         here = {name: [row for row in rows if line_of(row) == name and
                        [row.get(panel) for panel in finding.PANELS] == [down, right]] for name in names}
         draw_lines(axes[i][j], here, key, columns)
+        axes[i][j].set_ylim(getattr(finding, "RANGE", None))
         axes[i][j].set_title(", ".join(f"{panel} {word(value)}" for panel, value in zip(finding.PANELS, (down, right))
                                        if value is not None), fontsize=8)
     figure.supxlabel(key, fontsize=9)

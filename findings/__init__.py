@@ -9,6 +9,7 @@ A finding is a module with
     QUANTITIES   what is measured: name -> label of the y axis, with its unit; the figure shows the first
     PANELS       settings (rows, columns) that split the figure into panels; all other settings tell lines apart
     SEEDS        optional: the seeds, where they are not 100 to 104
+    RANGE        optional: limits of the figure's y axis, where a line that diverges would hide the others
     SHOWN        optional: settings -> value of the rows that the tables and the figure show
     cells(fast)  -> a list of settings, each a piece of work by itself; fast: few and small ones, to see that it runs
     measure(cell, seeds, fast) -> rows, each a dictionary of its settings (those of ACROSS and PANELS among them) and

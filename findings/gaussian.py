@@ -21,8 +21,6 @@ from torch import Tensor
 
 from flowmap import intervals, sample
 
-EULER_LIMIT = 2.0  # of gain(perfect_slope, s, grid, "euler") as the steps become many, for every s
-
 
 def perfect_slope(s: float, t: float) -> float:
     """g_t = s / S_t with S_t^2 = (1-t)^2 s^2 + t^2, the variance of noised data: G_t maps N((1-t) m, S_t^2) to the
@@ -82,27 +80,6 @@ def same_noise_difference(s: float, grid: Tensor, other_grid: Tensor, dimensions
     m + gain s z with the same z in d dimensions, so it is |gain - gain'| s sqrt(d)."""
     gains = [gain(perfect_slope, s, g, "euler") for g in (grid, other_grid)]
     return abs(gains[0] - gains[1]) * s * math.sqrt(dimensions)
-
-
-def defects(mean_square: float, s: float, infer_grid: Tensor, train_grid: Tensor, slope=perfect_slope) -> list[float]:
-    """The semigroup defect (Salt Eq. 14-16) on each interval of the path of sc_loss.path_defects, for data N(mu, s^2 I)
-    with mean_square = |mu|^2 / d. Along the path x_t = sigma_t z + (1-t) mu and v = a_t sigma_t z - mu, so on the
-    interval from ts to te with the middle time tm
-
-        Delta = ((tm-te) (a_tm sigma_tm - a_ts sigma_ts))^2 / ((ts-te)^2 ((a_ts sigma_ts)^2 + |mu|^2 / d))
-
-    The mean composes exactly and enters only the length of the step below. This is E[a] / E[b] where Salt has E[a / b]:
-    the same for mu = 0, and for many dimensions, where a and b hardly vary.
-    """
-    values, std = [], 1.0
-    for ts, te in intervals(infer_grid):
-        middles = [tm for tm in train_grid.tolist() if te < tm < ts]
-        tm = middles[len(middles) // 2]
-        v_ts = student(slope, 0.0, s, ts)[0] * std
-        v_tm = student(slope, 0.0, s, tm)[0] * (std - (ts - tm) * v_ts)
-        values.append(((tm - te) * (v_tm - v_ts)) ** 2 / ((ts - te) ** 2 * (v_ts**2 + mean_square)))
-        std -= (ts - te) * v_ts
-    return values
 
 
 def guidance_chain(grid: Tensor, variance: float, guided_variance: float) -> float:

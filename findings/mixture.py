@@ -63,8 +63,9 @@ class Ring:
     @cached_property
     def shares(self) -> Tensor:
         """`labels + 1, bumps`: how a label's points are spread over bumps; the last row is of no label."""
-        own = F.one_hot(torch.arange(self.bumps) * self.labels // self.bumps, self.labels).T.float()
-        return torch.cat([own, torch.ones(1, self.bumps)]) / torch.cat([own, torch.ones(1, self.bumps)]).sum(1)[:, None]
+        own = F.one_hot(torch.arange(self.bumps) * self.labels // self.bumps, self.labels).T
+        own = torch.cat([own.float(), torch.ones(1, self.bumps)])
+        return own / own.sum(1, keepdim=True)
 
     def draw(self, text: Tensor, g) -> Tensor:
         """Data with these labels `b`: `b 1 2 1 1`."""

@@ -1,9 +1,9 @@
 """On pixels, too: students of the toy world that make the whole clip at once, by DMD alone and with L_SC.
 
-DMD trains every time of its grid as a one-step generator by itself, on noised real clips. A sampler then walks down the
-grid, through states that the student made. Salt says that DMD so trained gets worse with a denser grid and with more
-steps, and that L_SC helps. Here that is measured with and without guidance of the teacher, by the Euler and by the CM
-solver.
+DMD trains every timestep of its grid as a one-step generator by itself, on noised real clips. A sampler then walks down
+the grid, through states that the student made. Salt says that DMD so trained gets worse with a denser grid and with
+more steps, and that L_SC helps. Here that is measured with and without guidance of the teacher, by the Euler and by the
+CM solver.
 
 Nothing exact is known of a trained network, so `predicted` is None everywhere. ROOT has a folder for each training seed
 and guidance, as `python train.py --stage STAGE --seed S --score-guidance W --out ROOT/seedS_wW` leaves it; a stage that

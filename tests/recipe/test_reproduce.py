@@ -192,3 +192,49 @@ def test_seeds_do_not_meet(name):
     for key, weight in alone.items():
         torch.testing.assert_close(both[key][1:], weight, rtol=1e-3, atol=1e-5)
         assert not key.startswith("weights") or not torch.allclose(both[key][:1], weight, rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["DMD-4", "SC-DMD 0.4", "DMD-8, critic told", "DMD-8, own states",
+                                  "DMD-4, weak teacher"])
+def test_what_a_student_is_trained_on(name, monkeypatch):
+    """Bug: a triple that is none, noise of another timestep than the student is told, a teacher without its guidance, a
+    critic that is not told, a student that is not the one of its name."""
+    world, seeds, student, seen = Ring(), [1, 2], mixture.STUDENTS[name], []
+    start = mixture.flow_matching(world, seeds, 3)
+    real = {of: getattr(mixture, of) for of in ("sc_dmd_loss", "dmd_loss", "critic_loss")}
+    for of in real:
+        monkeypatch.setattr(mixture, of, lambda *args, of=of: (seen.append((of, args)), real[of](*args))[1])
+    mixture.distil(world, start, student, seeds, 5.0, 3.0, 2)
+    assert [of for of, _ in seen] == 2 * [*2 * ["critic_loss"], "dmd_loss" if student.own_states else "sc_dmd_loss"]
+
+    _, args = seen[2]
+    critic, teacher = args[2:4] if student.own_states else args[1:3]
+    x, text = torch.randn(8, 1, 2, 1, 1, generator=generator(0)), torch.arange(4).repeat(2)
+    exact = world.teacher(3.0, start if student.weak else None)
+    close(teacher(x, 0.6, text), exact(x, 0.6, text))
+    assert isinstance(critic, mixture.Nets) != student.told
+    if student.own_states:
+        return
+    _, _, _, x_ts, text, ts, tm, te, _, _, lambda_sc = args
+    grid = schedule(student.grid, 5.0)
+    assert lambda_sc == student.lambda_sc and set(ts.tolist()) <= set(grid.tolist())
+    if lambda_sc > 0:
+        ends = {*grid[::2].tolist(), 0.0}
+        for a, b, c in zip(ts.tolist(), tm.tolist(), te.tolist()):
+            assert a > b > c and b in grid.tolist() and c in ends or a == b == c == grid[-1]
+    noised = (1 - ts) ** 2 * world.width**2 + ts**2  # the variance of x_ts around (1 - ts) mu
+    gap = mixture.points(x_ts) - (1 - ts)[:, None] * world.centres[text]
+    assert abs((gap.square().mean(1) / noised).mean() - 1) < 0.35
+
+
+def test_the_error_of_the_perfect_student_is_its_gain(monkeypatch):
+    """Bug: an error that is not the distance to the teacher, or of other samples; the noise of another number of
+    steps."""
+    monkeypatch.setattr(mixture, "N_EVAL", 4000)
+    world, grid = Ring(), schedule(8, 5.0)
+    gain = gaussian.gain(gaussian.perfect_slope, world.width, grid, "euler")
+    x = mixture.samples(world.perfect_student, world, "euler", 8, 5.0)
+    assert abs(mixture.error(x, world, 1.0)[0] - (gain - 1) * world.width) < 0.02
+    assert abs(mixture.contrast(x, world, 1.0)[0] - gain) < 0.02
+    cm = mixture.samples(world.perfect_student, world, "cm", 8, 5.0)
+    assert mixture.error(cm, world, 1.0)[0] < 0.04 < mixture.error(cm, world, 4.0)[0]
