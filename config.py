@@ -108,10 +108,11 @@ class Config:
 
     bidirectional_steps: int = flag(5000, "updates of stage bidirectional")
     bidirectional_lr: float = flag(4e-3, "learning rate")
+    bidirectional_weight: str = setting("flat")  # of the loss by t: flat, bell or data (flowmap.py)
 
     teacher_forcing_steps: int = flag(1000, "updates of stage teacher_forcing", "teacher_forcing")
     teacher_forcing_lr: float = flag(3e-3, "learning rate", "teacher_forcing")
-    teacher_forcing_weight: str = setting("flat", "teacher_forcing")  # of its loss by t: flat, or bell (flowmap.py)
+    teacher_forcing_weight: str = setting("flat", "teacher_forcing")  # as bidirectional_weight
 
     # distillation along the teacher's trajectories: causal_cd; bidirectional_ode, causal_ode, pcm, scfm
     shift: float = flag(5.0, "timestep shift of inference and training grids (CF++: 5)", "trajectory dmd")
@@ -276,6 +277,18 @@ WAN = dict(  # height and width are the family's
     score_guidance=4.0,  # CF, SF: guidance_scale 3.0, in the form v_c + g (v_c - v_u)
 )
 
+RECIPES = {  # what the recipe of a world changes of Config's defaults, which are the toy's; all ours
+    "room": dict(
+        world="room", out="runs/room", frames=16, height=16, width=24, batch=8, eval_clips=64,
+        prompt_dropout=0.0, guidance=1.0,  # there are no words
+        bidirectional_weight="data", teacher_forcing_weight="data",
+        bidirectional_steps=5000, bidirectional_lr=2.5e-3,
+        teacher_forcing_steps=3000, teacher_forcing_lr=2e-3,
+        trajectory_steps=900,
+        dmd_steps=200,
+    ),
+}
+
 ODE = dict(  # of stages that regress on trajectories of a teacher, in place of the values of causal CD above
     guidance=6.0,  # CF, SF: guidance_scale of the scripts that make trajectories
     trajectories=6_000,  # CF: ODE6KCausal. CF++ Tab. 2 makes one for each of its 80,000 videos
@@ -326,8 +339,8 @@ def preset_of(size: str, stage: str, preset: str) -> dict:
     if family is None or family.world:
         if preset:
             raise ValueError(f"got --preset {preset} with --size {size}, expected none: presets are for Wan's latents, "
-                             "the toy's settings are the defaults")
-        return {}
+                             "a world has one recipe")
+        return RECIPES.get(family.world, {}) if family else {}
     preset = preset or PRESET_OF_STAGE.get(stage, "salt")
     if preset not in PRESETS:
         raise ValueError(f"got --preset {preset}, expected one of {', '.join(PRESETS)}")
@@ -352,7 +365,8 @@ RANGES = [  # settings, minimum, maximum: beyond it is a slip of the hand, or wo
     ("teacher_betas trajectory_betas dmd_betas", 0.0, BELOW_1)]
 CHOICES = {"size": SIZES, "teacher_size": ("", *SIZES), "stage": (*STAGES, "all", "evaluate"), "init": ("", *STAGES),
            "world": ("", *WORLDS), "bad_data": ("stop", "skip"), "precision": ("fp32", "bf16"),
-           "lr_schedule": ("constant", "decay"), "teacher_forcing_weight": ("flat", "bell"),
+           "lr_schedule": ("constant", "decay"),
+           **dict.fromkeys(("bidirectional_weight", "teacher_forcing_weight"), ("flat", "bell", "data")),
            "sc_through": ("both", "direct", "composed")}
 
 
@@ -504,5 +518,7 @@ def parser(description="", prog="python train.py") -> argparse.ArgumentParser:
 def config_of(given: dict) -> Config:
     """Config's defaults, over them the preset's values, over them what was given."""
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    made_for = [size for size, c in SIZES.items() if FAMILIES[c.family].world == given.get("world", "toy")]
+    given = {"size": made_for[0] if made_for else Config.size} | given
     preset = preset_of(*(given.get(name, getattr(Config, name)) for name in ("size", "stage", "preset")))
     return Config(**preset | given)

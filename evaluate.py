@@ -20,11 +20,11 @@ from torch import Tensor
 
 from cluster.files import metadata_of, replacing, write_text
 from config import STAGES, recorded
-from flowmap import Guided, add_noise, sample, schedule, squared_error, to_x0
+from flowmap import add_noise, sample, schedule, squared_error, to_x0
 from model import SIZES, CausalWan
-from rollout import joined, stream
+from rollout import joined, rollout_with_prompts, stream
 from sc_loss import path_defects
-from stage import frozen, is_finished, load_finished, path_of, record_of, rollout, source_of, video_shape
+from stage import frozen, guide, is_finished, load_finished, path_of, record_of, rollout, video_shape
 from wan21.weights import check_fit
 from worlds import WORLDS
 from worlds.draws import EVALUATE, noises
@@ -69,23 +69,43 @@ def alike(a, b) -> bool:
 
 
 @torch.no_grad()
-def generate(cfg, stage, net, steps, labels, noise, solver="") -> Tensor:
-    """Clips as this stage's model samples them. labels `b`; noise `b K f c h w` as in rollout.shared_noise. solver: of
-    a student that makes the whole clip at once; "": its own."""
+def generate(cfg, stage, net, steps, labels, noise, solver="", given=None) -> Tensor:
+    """Clips as this stage's model samples them. labels `b ...`; noise `b K f c h w` as in rollout.shared_noise. solver:
+    of a student that makes the whole clip at once; "": its own. given: true first frames `b n c h w`, n a multiple of
+    the chunk, which are continued."""
     text, how, grid = WORLDS[cfg.world].embed(labels).to(cfg.device), STAGES[stage], schedule(steps, cfg.shift)
+    if not how.few_step:
+        net, noise = guide(cfg, net, cfg.guidance), noise[:, :1]
+    if how.causal and given is not None:
+        return continued(cfg, stage, net, text, grid, noise, given)
     if how.causal and how.few_step:
         return joined(rollout(cfg, net, text, noise, steps))
-    if not how.few_step:
-        net, noise = guided(cfg, net), noise[:, :1]
     if how.causal:
         return joined(stream(net, lambda i, k: noise[:, 0, i * cfg.chunk : (i + 1) * cfg.chunk], text, grid,
                              num_chunks=cfg.frames // cfg.chunk, solver=how.solver))
     stride = max(1, noise.shape[1] // steps)  # the grids nest: equal timesteps get equal noise
-    return sample(lambda x, t: net(x, t, text), noise[:, ::stride], grid, solver or how.solver)
+
+    def velocity(x, t):
+        if given is None:
+            return net(x, t, text)
+        x, t = torch.cat([given, x[:, given.shape[1]:]], 1), torch.full(x.shape[:2], t, device=x.device)
+        t[:, : given.shape[1]] = 0
+        return net(x, t, text)
+
+    x = sample(velocity, noise[:, ::stride], grid, solver or how.solver)
+    return x if given is None else torch.cat([given, x[:, given.shape[1]:]], 1)
 
 
-def guided(cfg, net):
-    return Guided(net, source_of(cfg).null_text.to(cfg.device), cfg.guidance)
+def continued(cfg, stage, net, text, grid, noise, given) -> Tensor:
+    """Clips of a causal model that begin with given frames."""
+    stride = max(1, noise.shape[1] // len(grid))
+
+    def own(i, k):
+        return noise[:, k * stride, i * cfg.chunk : (i + 1) * cfg.chunk]
+
+    made = rollout_with_prompts(net, own, [(0, text)], grid, chunk=cfg.chunk, frames=cfg.frames - given.shape[1],
+                                given=given, solver=STAGES[stage].solver)
+    return torch.cat(list(made), dim=1)
 
 
 def evaluation_set(cfg, clips):
@@ -98,9 +118,10 @@ def evaluation_set(cfg, clips):
     return real.to(cfg.device), labels, noise.to(cfg.device)
 
 
-def row(cfg, stage, weights, solver, steps, nfe, x, labels, sample_seconds, metadata, defect=0.0) -> dict:
+def row(cfg, stage, weights, solver, steps, nfe, x, labels, sample_seconds, metadata, defect=0.0, asked=None) -> dict:
+    asked = asked or {}
     return {"stage": stage, "weights": weights, "solver": solver, "steps": steps, "nfe": nfe,
-            **WORLDS[cfg.world].measure(x, labels), "defect": defect, "sample_seconds": sample_seconds,
+            **WORLDS[cfg.world].measure(x, labels), **asked, "defect": defect, "sample_seconds": sample_seconds,
             "train_seconds": metadata.get("seconds", 0), "saved": metadata.get("saved"),
             "data_seconds": metadata.get("data_seconds", 0), "data_bytes": metadata.get("data_bytes", 0),
             "clips": cfg.eval_clips, "eval_seed": cfg.eval_seed, "teacher_steps": TEACHER_STEPS}
@@ -142,15 +163,17 @@ def evaluate(cfg, stage) -> list[dict]:
     metadata, rows = metadata_of(path_of(cfg, stage)), []
     for weights, suffix in (("ema", ""), ("raw", "_raw")):
         net = network(cfg, stage, suffix)
-        sampled = net if how.few_step else guided(cfg, net)
+        sampled = net if how.few_step else guide(cfg, net, cfg.guidance)
         defect = composition(cfg, stage, sampled, real[:256], labels[:256], noise[:256])
         made = {}  # solver -> steps -> clips
         for solver, steps in rows_shown(cfg, stage, weights):
-            start = time.time()
+            began = time.time()
             parts = zip(labels.split(256), noise.split(256))
             x = torch.cat([generate(cfg, stage, net, steps, some, z, solver) for some, z in parts])
-            nfe = steps if how.few_step else 2 * steps  # guidance runs the network twice
-            rows.append(row(cfg, stage, weights, solver, steps, nfe, x, labels, time.time() - start, metadata, defect))
+            nfe = steps if how.few_step or cfg.guidance == 1 else 2 * steps  # guidance runs the network twice
+            seconds = time.time() - began
+            asked = ask(cfg, stage, net, steps, solver) if weights == "ema" else {}
+            rows.append(row(cfg, stage, weights, solver, steps, nfe, x, labels, seconds, metadata, defect, asked))
             if weights == "ema" and whole_clip_student(stage):
                 fewer = made.setdefault(solver, {})
                 rows[-1]["agreement"] = agreement(x, steps, fewer, real)
@@ -158,6 +181,25 @@ def evaluate(cfg, stage) -> list[dict]:
                 if steps == 1:
                     rows[-1]["by_level"] = by_level(cfg, net, real[:256], labels[:256], noise[:256])
     return rows
+
+
+@torch.no_grad()
+def ask(cfg, stage, net, steps, solver) -> dict:
+    """What the world asks of a model beyond clips of its own: to continue true ones, and to jump from noise to each
+    frame behind its true past."""
+    world, n = WORLDS[cfg.world], min(64, cfg.eval_clips)
+
+    def make(labels, of, given=None):
+        shape = max(cfg.mixed_steps), *video_shape(cfg)
+        noise = noises(range(len(labels)), shape, EVALUATE, cfg.eval_seed, 3, of).to(cfg.device)
+        return generate(cfg, stage, net, steps, labels, noise, solver, None if given is None else given.to(noise))
+
+    def jump(labels, real):
+        text, real = world.embed(labels).to(cfg.device), real.to(cfg.device)
+        eps = noises(range(n), video_shape(cfg), EVALUATE, cfg.eval_seed, 4).to(cfg.device)
+        return to_x0(eps, net(eps, 1.0, text, chunk=cfg.chunk, clean=real), 1.0)
+
+    return world.ask(n, cfg.frames, cfg.chunk, make, jump if STAGES[stage].causal else None, cfg.eval_seed)
 
 
 def whole_clip_student(stage) -> bool:
@@ -189,16 +231,15 @@ def known_rows(cfg, stage) -> list[dict]:
     saved = record_of(path_of(cfg, stage))["saved"]
     same = {"stage": stage, "saved": saved, "clips": cfg.eval_clips, "teacher_steps": TEACHER_STEPS}
     rows = [r for r in table(cfg) if all(r.get(k) == v for k, v in same.items())]
-    return rows if all(printable_row(r) for r in rows) else []
+    return rows if all(printable_row(cfg, r) for r in rows) else []
 
 
-def printable_row(r) -> bool:
+def printable_row(cfg, r) -> bool:
     """Whether a row holds all that is shown: an older version's, or one that somebody has edited, may not."""
-    numbers = ("steps nfe render_error drift prompt_accuracy motion motion_w1 brightness contrast defect "
-               "sample_seconds train_seconds").split()
-    return all(isinstance(r.get(name), str) for name in ("weights", "solver")) and all(
-        isinstance(r.get(name), float | int) for name in numbers) and len(
-        [x for x in r.get("render_error_by_frame") or [] if isinstance(x, float | int)]) > 2
+    try:
+        return bool(printed(cfg, r))
+    except (KeyError, IndexError, TypeError, ValueError):
+        return False
 
 
 def table(cfg) -> list[dict]:
@@ -218,18 +259,23 @@ def table_path(cfg) -> Path:
     return Path(cfg.out) / f"table_seed{cfg.eval_seed}.json"
 
 
-def print_rows(rows, header=True):
-    if header:
-        print(f"{'stage':<16} {'weights':<7} {'solver':<6} {'steps':>5} {'NFE':>4} | {'error':>7} {'frame 3':>7} "
-              f"{'last':>7} {'drift':>5} {'prompt':>6} {'motion':>6} {'W1':>6} {'bright':>6} {'contrast':>8} "
-              f"{'defect':>7} | {'sample s':>8} {'train s':>7}")
-    for r in rows:
-        by_frame, accuracy = r["render_error_by_frame"], 100 * r["prompt_accuracy"]
-        drift = f"{r['drift']:.2f}" if r["weights"] else "-"  # of frames without an error there is none
-        print(f"{r['stage']:<16} {r['weights']:<7} {r['solver']:<6} {r['steps']:>5} {r['nfe']:>4} | "
-              f"{r['render_error']:>7.4f} {by_frame[2]:>7.4f} {by_frame[-1]:>7.4f} {drift:>5} {accuracy:>5.1f}% "
-              f"{r['motion']:>6.2f} {r['motion_w1']:>6.3f} {r['brightness']:>+6.3f} {r['contrast']:>8.3f} "
-              f"{r['defect']:>7.4f} | {r['sample_seconds']:>8.1f} {r['train_seconds']:>7.0f}")
+def printed(cfg, r) -> dict[str, str]:
+    """A row as it is printed, header -> text; the world gives its own columns."""
+    return {"stage": f"{r['stage']:<16}", "weights": f"{r['weights']:<7}", "solver": f"{r['solver']:<6}",
+            "steps": f"{r['steps']:>5}", "NFE": f"{r['nfe']:>4} |", **WORLDS[cfg.world].columns(r),
+            "defect": f"{r['defect']:>7.4f} |", "sample s": f"{r['sample_seconds']:>8.1f}",
+            "train s": f"{r['train_seconds']:>7.0f}"}
+
+
+def print_rows(cfg, rows, header=True):
+    for i, r in enumerate(rows):
+        texts = printed(cfg, r)
+        if header and i == 0:
+            left = ("stage", "weights", "solver")
+            heads = [f"{k} |".rjust(len(v)) if v.endswith("|") else k.ljust(len(v)) if k in left else k.rjust(len(v))
+                     for k, v in texts.items()]
+            print(" ".join(heads))
+        print(" ".join(texts.values()))
     sys.stdout.flush()
 
 
@@ -255,7 +301,7 @@ def print_whole_clip_students(rows):
 def report_world(cfg) -> list[dict]:
     """The row of real clips, printed: what a perfect model would reach."""
     rows = [the_world(cfg)]
-    print_rows(rows)
+    print_rows(cfg, rows)
     return rows
 
 
@@ -269,11 +315,11 @@ def report(cfg, stage) -> list[dict]:
     rows, path = known_rows(cfg, stage), table_path(cfg)
     if not rows:
         rows = evaluate(cfg, stage)
-        old = [r for r in table(cfg) if r["stage"] != stage and printable_row(r)]
+        old = [r for r in table(cfg) if r["stage"] != stage and printable_row(cfg, r)]
         old = old if any(r["stage"] == "the world" for r in old) else [the_world(cfg), *old]
         write_text(path, json.dumps(old + rows, indent=1))
         draw_stages(cfg, {stage: steps_shown(as_trained(cfg, stage), stage)}, stage)
-    print_rows(rows, header=False)
+    print_rows(cfg, rows, header=False)
     return rows
 
 
@@ -284,7 +330,7 @@ def report_all(cfg, rows):
              if STAGES[stage].causal}
     draw_stages(cfg, shown, "sheet", scale=10)
     print()
-    print_rows(rows)
+    print_rows(cfg, rows)
     print_whole_clip_students(rows)
 
 

@@ -199,3 +199,16 @@ def bell_weight(t: Tensor, shift: float) -> Tensor:
         return torch.exp(-2 * (t - 0.5) ** 2) - math.exp(-0.5)
 
     return bell(t) / bell(schedule(1000, shift)).mean().item()
+
+
+def data_weight(t: Tensor) -> Tensor:
+    """A weight between that of the error of v, 1, and that of the error of x_0, t^2: 1.1 t^2 / (t^2 + .1). For networks
+    that predict x_0, whose error of v at small t is a small error of x_0 over t. t and w `...`."""
+    return 1.1 * t.square() / (t.square() + 0.1)
+
+
+def loss_weight(name: str, t: Tensor, shift: float) -> Tensor | None:
+    """The weight of flow_matching_loss by its name: flat (none), bell or data."""
+    if name == "bell":
+        return bell_weight(t, shift)
+    return data_weight(t) if name == "data" else None

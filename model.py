@@ -36,7 +36,7 @@ Where we differ from the public causal code, and why
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import torch
@@ -45,6 +45,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import cameras
 from flowmap import per_frame, twice, words_and_rows
 
 
@@ -72,7 +73,9 @@ class WanConfig:
     freq_dim: int = 256  # width of the sinusoidal embedding of t
     text_dim: int = 4096
     text_len: int = 512
-    row_dim: int = 0  # numbers that the network is told of each frame, besides the text
+    row_dim: int = 0  # numbers that the network is told of each frame, besides the text and the camera
+    camera: str = ""  # how attention sees cameras, one of cameras.KINDS; "": there are none
+    predicts_x0: bool = False  # the head gives x_0, and v is (x_t - x_0) / t
     eps: float = 1e-6
     window: int | None = None  # frames a frame may see, its own chunk included; None: all
     sink: int = 0  # of these, how many are the first frames of the clip
@@ -83,17 +86,38 @@ class WanConfig:
             raise ValueError(f"dim {self.dim} must split into num_heads {self.num_heads} heads of even width")
         if self.patch_size[0] != 1:
             raise ValueError(f"patch_size {self.patch_size}: a patch spans one frame, so the first number must be 1")
+        if self.camera not in ("", *cameras.KINDS):
+            raise ValueError(f"got camera {self.camera!r}, expected one of {', '.join(cameras.KINDS)}, or none")
+        if self.camera and (self.dim // self.num_heads) % 16:
+            raise ValueError(f"dim {self.dim} must split into num_heads {self.num_heads} heads of a multiple of 16 "
+                             "channels, for cameras")
         check_window(self.window, self.sink, chunk=1)
 
+    @property
+    def sees_cameras(self) -> bool:
+        return self.camera not in ("", "unseen")
 
+    @property
+    def row_width(self) -> int:
+        """Numbers in a row of the condition."""
+        return self.row_dim + (cameras.ROW if self.camera else 0)
+
+
+T_MIN = 0.05  # where a network predicts x_0, the smallest t that the difference to x_t is divided by
+ROOM = WanConfig(dim=128, ffn_dim=512, num_heads=8, num_layers=4, in_dim=3, patch_size=(1, 16, 4), freq_dim=64,
+                 text_dim=4, text_len=1, row_dim=5, camera="ray", predicts_x0=True, family="room")
 SIZES = {
     # 4 tokens of 5 x 5 RGB pixels per 10 x 10 frame, prompts of two words: see worlds/toy.py
     "toy": WanConfig(dim=128, ffn_dim=512, num_heads=8, num_layers=4, in_dim=3, patch_size=(1, 5, 5), freq_dim=64,
                      text_dim=16, text_len=2, family="toy"),
     "toy_large": WanConfig(dim=192, ffn_dim=768, num_heads=8, num_layers=6, in_dim=3, patch_size=(1, 5, 5), freq_dim=64,
                            text_dim=16, text_len=2, family="toy"),  # a teacher for --teacher-size
+    # 6 tokens of 16 x 4 RGB pixels per 16 x 24 frame: see worlds/room.py. 192 values of noise do not fit through 128
+    # channels, so it is x_0 that is predicted
+    "room": ROOM, **{f"room_{kind}": replace(ROOM, camera=kind) for kind in ("frame", "prope", "unseen")},
     "wan_tiny": WanConfig(dim=192, ffn_dim=768, num_heads=4, num_layers=4),  # Wan's latents and text, to try things out
     "wan1.3b": WanConfig(),
+    "wan1.3b_camera": WanConfig(camera="frame"),  # as the public minWM
     "wan14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
     "wan2.2-5b": WanConfig(dim=3072, ffn_dim=14336, num_heads=24, in_dim=48, family="wan2.2"),
 }
@@ -136,9 +160,11 @@ def rope_table(frames: tuple[int, ...], h: int, w: int, dh: int, device) -> Tens
     return torch.complex(angles.cos().float(), angles.sin().float())
 
 
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
+def rotate(x: Tensor, rope: Tensor, heads: int | None = None) -> Tensor:
     """Rotary position embedding: turn each pair of neighbouring channels of x `b n nh dh`, a complex number, by its
-    angle. rope: exp(i angle), `n 1 dh/2`."""
+    angle. rope: exp(i angle), `n 1 dh/2`. heads: only the first so many; those after them are cameras' (Block)."""
+    if heads is not None and heads < x.shape[2]:
+        return torch.cat([rotate(x[:, :, :heads], rope), x[:, :, heads:]], dim=2)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)
 
@@ -239,26 +265,41 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(c.dim, c.eps, elementwise_affine=False)
         self.self_attn = Attention(c.dim, c.num_heads, c.eps)
+        if c.sees_cameras:
+            self.self_attn.prope_o = nn.Linear(c.dim, c.dim)
         self.norm3 = nn.LayerNorm(c.dim, c.eps)
         self.cross_attn = Attention(c.dim, c.num_heads, c.eps)
         self.norm2 = nn.LayerNorm(c.dim, c.eps, elementwise_affine=False)
         self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), nn.GELU("tanh"), nn.Linear(c.ffn_dim, c.dim))
         self.modulation = nn.Parameter(torch.empty(1, 6, c.dim))
 
-    def forward(self, x, time, text, attend):
-        """x `b (f s) d`, time `b f 6 d`, text `b l d`; attend(q, k, v) is this layer's layout."""
-        return self.after(x, attend(*self.before(x, time)), time, text)
+    def forward(self, x, time, text, camera, attend):
+        """x `b (f s) d`, time `b f 6 d`, text `b l d`; camera: P and P^-1 as cameras.matrices gives them, or None;
+        attend(q, k, v) is this layer's layout."""
+        return self.after(x, attend(*self.before(x, time, camera)), time, text, camera)
 
-    def before(self, x, time):
-        """Queries, keys and values of self-attention. It is apart from `after` so that both can be compiled whole."""
+    def before(self, x, time, camera):
+        """Queries, keys and values of self-attention, with cameras those of twice as many heads: in the second half
+        each frame's own, P^T q, P^-1 k, P^-1 v. It is apart from `after` so that both can be compiled whole."""
         shift, scale = (self.modulation[:, None] + time)[:, :, :2].unbind(2)  # (b f d)
         y = modulate(self.norm1(x), shift, scale)
-        return self.self_attn.qkv(y, y)
+        qkv = self.self_attn.qkv(y, y)
+        if camera is None:
+            return qkv
+        p, inverse = camera
+        return tuple(torch.cat([z, cameras.multiply(m, z)], dim=2)
+                     for m, z in zip((p.transpose(-1, -2), inverse, inverse), qkv))
 
-    def after(self, x, attended, time, text):
-        """All that follows self-attention. attended `b (f s) nh dh`."""
+    def after(self, x, attended, time, text, camera):
+        """All that follows self-attention. attended `b (f s) nh dh`, with cameras twice as many heads."""
         gate1, shift, scale, gate2 = (self.modulation[:, None] + time)[:, :, 2:].unbind(2)
-        x = gated(x, self.self_attn.o(attended.flatten(2)), gate1)
+        if camera is None:
+            y = self.self_attn.o(attended.flatten(2))
+        else:
+            by_rope, by_camera = attended.chunk(2, dim=2)
+            y = self.self_attn.o(by_rope.flatten(2))
+            y = y + self.self_attn.prope_o(cameras.multiply(camera[0], by_camera).flatten(2))
+        x = gated(x, y, gate1)
         x = x + self.cross_attn.o(attention(*self.cross_attn.qkv(self.norm3(x), text)).flatten(2))
         return gated(x, self.ffn(modulate(self.norm2(x), shift, scale)), gate2)
 
@@ -309,7 +350,7 @@ class CausalWan(nn.Module):
         for name, p in self.named_parameters():
             shape = p.shape
             w = torch.randn(shape, generator=g)
-            if name == "head.head.weight":
+            if name == "head.head.weight" or "prope_o" in name:
                 w.zero_()
             elif name.endswith("modulation"):
                 w /= self.config.dim**0.5
@@ -332,7 +373,8 @@ class CausalWan(nn.Module):
         """Predict the velocity eps - x_0 of noisy latents.
 
         x: `b f c h w`. t: `b f` or a float, in [0, 1]. text: `b l text_dim`, zero-padded to text_len (padding is not
-        masked, as in Wan), or a flowmap.Condition with rows `b f row_dim`, which are added to the embedding of t.
+        masked, as in Wan), or a flowmap.Condition with rows `b f row_width`: row_dim numbers that are added to the
+        embedding of t, and where config.camera says so a camera (cameras.row_of).
         chunk: frames per chunk, for the causal layouts. clean: `b f c h w`, the clean clip, for teacher forcing.
         cache: the past, for a rollout; x is then the next chunk. With both, clean `b n c h w` is the chunk before x,
         finished but not in the cache yet: it is committed in the same forward (at t = 0, without gradient), and rows
@@ -344,7 +386,7 @@ class CausalWan(nn.Module):
         self._check(x, t, words, rows, chunk, clean, cache, commit)
         b, f, _, height, width = x.shape
         _, ph, pw = c.patch_size
-        h, w = height // ph, width // pw
+        h, w, x_t, t_own = height // ph, width // pw, x, t
         before = clean.shape[1] if cache is not None and clean is not None else 0  # frames to commit on the way
         if before:
             x, t = torch.cat([clean, x], dim=1), torch.cat([t.new_zeros(b, before), t], dim=1)
@@ -363,8 +405,11 @@ class CausalWan(nn.Module):
         dtype, tokens = self.patch_embedding.weight.dtype, rearrange(x, "b f c h w -> b c f h w")
         tokens = rearrange(self.patch_embedding(tokens.to(dtype)), "b d f h w -> b (f h w) d")
         time = self.time_embedding(sinusoid(t, c.freq_dim).to(dtype))  # (b f d)
+        camera = None
         if c.row_dim:
-            time = time + self.row_embedding(rows.to(dtype))
+            time = time + self.row_embedding(rows[..., :c.row_dim].to(dtype))
+        if c.sees_cameras:
+            camera = cameras.matrices(c.camera, rows[..., c.row_dim:], h, w, c.dim // c.num_heads)
         time6 = self.time_projection(time).unflatten(-1, (6, -1))  # (b f 6 d)
         text = self.text_embedding(words.to(dtype))
         for layer, block in enumerate(self.blocks[:num_blocks]):
@@ -374,9 +419,10 @@ class CausalWan(nn.Module):
                     written.append([z.clone() for z in own] if before else list(own))  # keep no slice of both chunks
                 return layout(layer, q, k, v)
             if self.checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, time6, text, attend, use_reentrant=False, preserve_rng_state=False)
+                tokens = checkpoint(block, tokens, time6, text, camera, attend, use_reentrant=False,
+                                    preserve_rng_state=False)
             else:
-                tokens = block(tokens, time6, text, attend)
+                tokens = block(tokens, time6, text, camera, attend)
         if to_write:
             cache.write([k for k, _ in written], [v for _, v in written], before or f)
         if before:
@@ -386,6 +432,8 @@ class CausalWan(nn.Module):
         if num_blocks is not None:
             return tokens.unflatten(1, (f, -1))
         v = rearrange(self.head(tokens, time), "b (f h w) (p q c) -> b f c (h p) (w q)", f=f, h=h, p=ph, q=pw)
+        if c.predicts_x0:
+            v = (x_t - v) / t_own.clamp(min=T_MIN)[:, :, None, None, None]
         return v.to(x.dtype)
 
     def new_cache(self, window: int | None = None, sink: int | None = None, relative: bool = False) -> Cache:
@@ -405,16 +453,16 @@ class CausalWan(nn.Module):
         return rope_table(tuple(frames), h, w, self.config.dim // self.config.num_heads, device)
 
     def _bidirectional(self, f, h, w, device):
-        rope = self._rope(range(f), h, w, device)
-        return lambda layer, q, k, v: attention(rotate(q, rope), rotate(k, rope), v)
+        rope, nh = self._rope(range(f), h, w, device), self.config.num_heads
+        return lambda layer, q, k, v: attention(rotate(q, rope, nh), rotate(k, rope, nh), v)
 
     def _chunked(self, f, chunk, h, w, device, two_streams):
         """Chunk by chunk on [past | own]. With two streams on the batch axis both see the past of the clean one."""
-        rope, s = self._rope(range(f), h, w, device), h * w
+        rope, s, nh = self._rope(range(f), h, w, device), h * w, self.config.num_heads
         sees = [visible(start, chunk, self.config.window, self.config.sink) for start in range(0, f, chunk)]
 
         def attend(layer, q, k, v):
-            q, k = rotate(q, rope), rotate(k, rope)
+            q, k = rotate(q, rope, nh), rotate(k, rope, nh)
             q, k, v = (z.split(s, dim=1) for z in (q, k, v))  # per frame; split, unlike slicing, has a cheap backward
             past_k, past_v = k, v
             if two_streams:
@@ -431,7 +479,7 @@ class CausalWan(nn.Module):
 
     def _cached(self, cache, chunks, h, w, device):
         """A chunk on [past | own]. Of two chunks, the first is past to the second, and carries no gradient."""
-        s, earlier, positions = h * w, sum(chunks[:-1]), cache.positions(sum(chunks))
+        s, earlier, positions, nh = h * w, sum(chunks[:-1]), cache.positions(sum(chunks)), self.config.num_heads
         frames_seen, tokens = cache.visible_frames(*chunks), [n * s for n in chunks]
         keys, values = cache.keys, cache.values  # as they are now: a backward recomputes when the cache holds more
         ropes = [self._rope(range(len(seen)) if cache.relative else [positions[i] for i in seen], h, w, device)
@@ -445,7 +493,7 @@ class CausalWan(nn.Module):
             out, ks, vs = [], past(keys[layer], k), past(values[layer], v)
             for own, seen, rope in zip(q.split(tokens, dim=1), frames_seen, ropes):
                 k, v = (torch.cat([z[i] for i in seen], dim=1) for z in (ks, vs))
-                out.append(attention(rotate(own, rope[-own.shape[1]:]), rotate(k, rope), v))
+                out.append(attention(rotate(own, rope[-own.shape[1]:], nh), rotate(k, rope, nh), v))
             return torch.cat(out, dim=1)
 
         return attend
@@ -462,10 +510,11 @@ class CausalWan(nn.Module):
             raise ValueError(f"t has shape {tuple(t.shape)}; expected b f = {(b, f)}, one time per frame")
         if text.shape != (b, c.text_len, c.text_dim):
             raise ValueError(f"text has shape {tuple(text.shape)}; expected {(b, c.text_len, c.text_dim)}, zero-padded")
-        told = (b, f + (clean.shape[1] if cache is not None and clean is not None else 0), c.row_dim)
-        if (None if rows is None else rows.shape) != (told if c.row_dim else None):
+        told = (b, f + (clean.shape[1] if cache is not None and clean is not None else 0), c.row_width)
+        if (None if rows is None else rows.shape) != (told if c.row_width else None):
             raise ValueError(f"rows have shape {None if rows is None else tuple(rows.shape)}; expected "
-                             f"{told if c.row_dim else 'none'}, for every frame what config.row_dim says")
+                             f"{told if c.row_width else 'none'}, for every frame what the config's row_dim and camera "
+                             "say")
         if clean is not None and cache is None and (clean.shape != x.shape or chunk is None):
             raise ValueError(f"teacher forcing needs chunk and a clean clip like x {tuple(x.shape)}; "
                              f"got chunk={chunk}, clean {tuple(clean.shape)}")

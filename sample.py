@@ -6,6 +6,7 @@
     python sample.py --size wan1.3b --weights Wan2.1-T2V-1.3B --prompt "a red fox runs through snow"
     python sample.py --weights student.pt --wan Wan2.1-T2V-1.3B --prompt "a red fox" --image fox.png --out fox.mp4
     python sample.py --weights student.pt --wan Wan2.1-T2V-1.3B --prompt-embeds prompts.safetensors --out videos
+    python sample.py --weights walk.pt --wan Wan2.1-T2V-1.3B --prompt "a street" --trajectory "w*12,j*8"
 
 --weights takes every layout that wan21/weights.py reads. Steps, solver, chunk, window and shift default to what a
 checkpoint of train.py was trained for. Wan's own weights default to whole clips in 50 guided steps, as Wan samples
@@ -16,6 +17,10 @@ Frames are latent frames: images of the toy world; of Wan, n latent frames are 1
 longer than those of training slide a window over the past: the first --sink frames and the last ones, --window frames
 in all, so memory and time per chunk stay constant. Positions are counted inside the window, as in training, or
 (--positions absolute) from the start of the clip.
+
+A network with cameras (--size wan1.3b_camera) follows --trajectory, a path in words that wan21/trajectory.py explains:
+frame 0 of the clip, given or not, is where it starts. Without one the camera stands still. In the room, a world, the
+prompt is the path.
 
 A sample depends on its prompt, its seed and the settings, not on what is sampled beside it; sample k of a prompt has
 seed --seed + k.
@@ -36,13 +41,14 @@ import wan21.vae
 import wan21.weights
 from cluster.files import printable, run_command
 from config import STAGES
-from flowmap import SOLVERS, Guided
+from flowmap import SOLVERS, Condition, Guided, words_and_rows
 from model import SIZES
 from rollout import grids, rollout_with_prompts
 from wan21.clips import FORMATS, Sample, given_latents, latent_shape, latents_only, samples_of, writing
 from wan21.errors import need, say
 from wan21.families import FAMILIES
 from wan21.settings import newest_student, trained_for, with_defaults
+from wan21.trajectory import check_length, paths_of, walked
 from worlds import WORLDS, draws
 
 
@@ -62,9 +68,12 @@ def parse(argv=None):
     add("--negative-prompt", help="what guidance leads away from (default: Wan's)")
     add("--image", type=Path, help="an image to start from: the first frame")
     add("--continue", type=Path, dest="clip", metavar="CLIP", help="a video, or --format latents, to continue")
+    add("--trajectory", metavar="PATH", help='the path of the camera, a step per latent frame, as in "w*8,j*4": w s a '
+                                             "d u dn move it, j l i k turn it (default: it stands still)")
     add("--samples", type=int, default=1, help="of each prompt (default: 1)")
     add("--seed", type=int, default=0, help="of the noise of the first sample (default: 0)")
-    add("--frames", type=int, help="latent frames to generate (default: as trained; 24 for the toy)")
+    add("--frames", type=int, help="latent frames to generate (default: as trained, or to the end of a path; 24 for "
+                                   "the toy)")
     add("--height", type=int, help="of the video, pixels (default: as trained)")
     add("--width", type=int, help="of the video, pixels (default: as trained)")
     add = p.add_argument_group("how").add_argument
@@ -133,7 +142,7 @@ def texts_of(args, config, world, prompts: list[str]) -> tuple[dict[str, Tensor]
     """The embedding `l d` of each prompt, and that of the negative prompt (unused without guidance)."""
     null = torch.zeros(1, config.text_dim)
     if world:
-        return {prompt: world.embed([world.parse(prompt)])[0] for prompt in prompts}, null
+        return {prompt: words_and_rows(world.embed([world.parse(prompt)]))[0][0] for prompt in prompts}, null
     guided, negative = args.guidance != 1, args.negative_prompt
     if args.prompt_embeds:
         asked = prompts + [negative] * (guided and negative is not None)
@@ -170,13 +179,16 @@ def decoder(args, config, world, vae, side_by_side: int) -> tuple[Callable[[Tens
     return wan21.vae.StreamDecoder(vae).decode, family.fps
 
 
-def sample_batch(args, config, world, net, vae, given, texts, switches, batch: list[Sample]) -> str:
-    """Generate a batch of clips and write them as they come. Returns how much that was, and how fast."""
+def sample_batch(args, config, world, net, vae, given, rows, texts, switches, batch: list[Sample]) -> str:
+    """Generate a batch of clips and write them as they come. Returns how much that was, and how fast. rows: for each
+    prompt what is told of all frames, those given among them, besides words; or None."""
     groups = [(sample.path, [sample]) for sample in batch] if batch[0].path else [(args.out, batch)]
     sizes = [len(group) for _, group in groups]
 
     def text(prompts):
-        return wan21.text.pad_text([texts[prompt] for prompt in prompts], config.text_len).to(args.device)
+        words = wan21.text.pad_text([texts[prompt] for prompt in prompts], config.text_len)
+        told = words if rows is None else Condition(words, torch.stack([rows[prompt] for prompt in prompts]))
+        return told.to(args.device)
 
     def noise(i, k):
         shape = (args.chunk, *latent_shape(args, config))
@@ -221,9 +233,13 @@ def main(args) -> list[Path]:
                          "--weights, or give --size")
     config, family, metadata = SIZES[size], FAMILIES[SIZES[size].family], with_stage(metadata)
     wan21.weights.check_fit(config, weights, args.weights)
-    trained, args = trained_for(metadata, size), with_defaults(args, metadata, size)
+    trained = trained_for(metadata, size)
     world = WORLDS.get(trained["world"])
     prompts, switches = prompts_of(args, world)
+    asked = [*prompts, *(prompt for _, prompt in switches)]
+    paths = paths_of(args, config, world, asked)
+    along = min(map(len, paths.values()), default=0)
+    args = with_defaults(args, metadata, size, along)
     samples = samples_of(args, prompts)
     if not samples:
         return []
@@ -232,7 +248,9 @@ def main(args) -> list[Path]:
     if not world and not args.preview and (encodes or not latents_only(args)):
         vae = wan21.vae.load_vae(args.wan, args.device, dtype, family)
     given = given_latents(args, config, world, vae)
-    last = (0 if given is None else len(given)) + args.frames - args.chunk
+    frames_given = 0 if given is None else len(given)
+    check_length(args, along, frames_given)
+    rows, last = walked(paths, config, asked, frames_given + args.frames), frames_given + args.frames - args.chunk
     if switches and switches[-1][0] > last:
         raise ValueError(f"got --at {switches[-1][0]}, expected at most {last}, where the last chunk starts: change "
                          "--at or --frames")
@@ -252,7 +270,7 @@ def main(args) -> list[Path]:
           f"{args.height} x {args.width} pixels, {args.precision}")
     for start in range(0, len(samples), args.batch):
         batch = samples[start : start + args.batch]
-        done = sample_batch(args, config, world, net, vae, given, texts, switches, batch)
+        done = sample_batch(args, config, world, net, vae, given, rows, texts, switches, batch)
         print(f"{batch[0].path if len(batch) == 1 and batch[0].path else args.out}: {done}")
     return [sample.path for sample in samples] if samples[0].path else [args.out]
 

@@ -47,7 +47,8 @@ def video_shape(cfg) -> tuple:
 def source_of(cfg):
     """Where the clips and prompts of a run come from (worlds/sources.py)."""
     c = SIZES[cfg.size]
-    return open_source(cfg.data, cfg.world, video_shape(cfg), (c.text_len, c.text_dim), cfg.bad_data)
+    return open_source(cfg.data, cfg.world, video_shape(cfg), (c.text_len, c.text_dim), c.row_width,
+                       cfg.bad_data)
 
 
 def path_of(cfg, stage, suffix="") -> Path:

@@ -46,7 +46,7 @@ from cluster.files import is_full, metadata_of, run_command, write_tensors, writ
 from cluster.run_folder import alone_in, append_metrics, forget_metrics_after, stopping_gently
 from config import (RECIPE, STAGES, Config, budget, check, check_numbers, for_stage, parse, same_settings, start_of)
 from dmd import critic_loss, dmd_loss, score_times
-from flowmap import bell_weight, flow_matching_loss, schedule, shift_timesteps
+from flowmap import flow_matching_loss, loss_weight, schedule, shift_timesteps
 from rollout import joined
 from sc_loss import draw_triple, sc_loss
 from stage import (Training, alternate, build_teacher, guide, is_finished, load_finished, path_of, record_of,
@@ -66,7 +66,7 @@ def bidirectional(cfg, start) -> Training:
         u = torch.rand(cfg.batch, cfg.frames // cfg.chunk, generator=draw.g)
         u[::2] = u[::2, :1]  # one t for the clip, as in sampling; in the other half one per chunk, faster (ours)
         t = draw.mine(shift_timesteps(u.repeat_interleave(cfg.chunk, 1), cfg.train_shift))
-        return flow_matching_loss(net, x0, text, t, eps)
+        return flow_matching_loss(net, x0, text, t, eps, loss_weight(cfg.bidirectional_weight, t, cfg.train_shift))
 
     return regression(cfg, "bidirectional", net, ema, loss_of)
 
@@ -80,7 +80,7 @@ def teacher_forcing(cfg, start) -> Training:
         eps = draw.noise_like(x0)
         u = torch.rand(cfg.batch, cfg.frames // cfg.chunk, generator=draw.g)
         t = draw.mine(shift_timesteps(u.repeat_interleave(cfg.chunk, 1), cfg.train_shift))
-        weight = bell_weight(t, cfg.train_shift) if cfg.teacher_forcing_weight == "bell" else None
+        weight = loss_weight(cfg.teacher_forcing_weight, t, cfg.train_shift)
         return flow_matching_loss(net, x0, text, t, eps, weight, chunk=cfg.chunk, clean=x0)
 
     return regression(cfg, "teacher_forcing", net, ema, loss_of)

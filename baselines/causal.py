@@ -25,7 +25,7 @@ from causal_cd import draw_index
 from cluster import ranks
 from cluster.files import metadata_of, read_tensors, write_tensors
 from dmd import critic_loss, dmd_loss
-from flowmap import add_noise, euler, intervals, schedule, squared_error, to_x0
+from flowmap import Condition, add_noise, euler, intervals, schedule, squared_error, to_x0, words_and_rows
 from stage import (Training, alternate, build_teacher, guide, load_finished, path_of, regression, score_models,
                    source_of, student_and_average, video_shape)
 from worlds.draws import CLIPS, Draw
@@ -65,8 +65,8 @@ def stored_trajectories(cfg, stage, teacher, start, layout_of) -> tuple[list[Pat
     """Trajectories of a teacher from noise, made once and kept in --out/STAGE_trajectories, a file for each.
 
     layout_of(x0): how the teacher looks at clips x0. Returns the files, of tensors x0 `f c h w`, states `5 f c h w` at
-    the timesteps of T^(4) and 0, text `l d`; and what they cost, seconds and bytes. What an earlier run left is used
-    again; ValueError if its settings were others.
+    the timesteps of T^(4) and 0, text `l d`, and rows `f d` where frames are told some; and what they cost, seconds and
+    bytes. What an earlier run left is used again; ValueError if its settings were others.
     """
     folder = Path(cfg.out) / f"{stage}_trajectories"
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,9 +88,11 @@ def stored_trajectories(cfg, stage, teacher, start, layout_of) -> tuple[list[Pat
             states = trajectory(lambda x, t, text=text, layout=layout: teacher(x, t, text, **layout),
                                 draw.noise_like(x0, CLIPS), grid, keep=cfg.trajectory_grid // 4)
             metadata = {"settings": settings, "seconds": (time.time() - began) / len(x0)}
+            words, rows = words_and_rows(text)
+            stored = {"x0": x0, "states": states, "text": words} | ({} if rows is None else {"rows": rows})
             ranks.check_in_sync(f"writing trajectories from {of_batch[0]} on")
             for i, path in enumerate(of_batch[batch_slice]):
-                write_tensors(path, {"x0": x0[i], "states": states[i], "text": text[i]}, metadata)
+                write_tensors(path, {name: of[i] for name, of in stored.items()}, metadata)
     ranks.check_in_sync("training on trajectories")
     for path in files:
         metadata = metadata_of(path)
@@ -123,7 +125,9 @@ def on_trajectories(cfg, stage, start, layout_of) -> Training:
         if not all({"x0", "states", "text"} <= s.keys() for s in stored):
             raise ValueError(f"got no x0, states and text in {[str(files[i]) for i in picked][:3]}, expected stored "
                              "trajectories: move the folder away")
-        x0, states, text = (torch.stack([s[k] for s in stored]).to(cfg.device) for k in ("x0", "states", "text"))
+        x0, states, text, *rows = (torch.stack([s[k] for s in stored]).to(cfg.device)
+                                   for k in ("x0", "states", "text", "rows") if k in stored[0])
+        text = Condition(text, *rows) if rows else text
         layout = {"chunk": cfg.chunk} | layout_of(x0)
         index = draw.mine(draw_index(cfg.batch, cfg.frames, cfg.chunk, 4 if "clean" in layout else 5, draw.g))
         return ode_loss(net, states, timesteps, index, text, **layout)                                      # CF++ Eq. 1

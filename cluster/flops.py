@@ -53,6 +53,9 @@ def forward_flops(c, shape, chunk=None, clean=None, cache=None, commit=False, nu
     linear = tokens * (6 * d * d + 2 * d * c.ffn_dim) + c.text_len * 2 * d * d  # q k v o, q o, ffn; k v of the text
     attention = 2 * d * (frame_pairs * s * s + tokens * c.text_len)
     embeddings = tokens * d * patch + f * d * (c.freq_dim + c.row_dim + 7 * d) + c.text_len * d * (c.text_dim + d)
+    if c.sees_cameras:  # prope_o, the matrices on q k v o, and as many heads again; once, P and P^-1 themselves
+        linear, attention = linear + tokens * (d * d + 16 * d), attention + 2 * d * frame_pairs * s * s
+        embeddings += 9 * f + 128 * (tokens if c.camera == "ray" else f)
     return 2.0 * b * (streams * (layers * (linear + attention) + embeddings) + head)
 
 

@@ -3,11 +3,14 @@
     python -m tools.convert Wan2.1-T2V-1.3B runs/wan --size wan1.3b       # Wan's own; train.py then starts from them:
     python train.py --size wan1.3b --stage teacher_forcing --data latents --out runs/wan --accum 64
     python -m tools.convert causal_forcing.pt runs/wan --stage causal_cd --chunk 3      # a public student
+    python -m tools.convert Wan2.1-T2V-1.3B runs/walk --size wan1.3b_camera     # to be trained to follow cameras
     python -m tools.convert runs/wan/salt.safetensors FOLDER --layout diffusers --dtype bf16    # for other programs
 
 OUT is a folder: with --layout own the --out folder of train.py. Flags of train.py may then follow SRC and OUT: they are
 recorded as the settings that the weights were trained with (frames, chunk, steps, guidance), which sampling uses and
 later stages are checked against.
+
+A text-to-video model becomes one with cameras by --size: by prope_o of zeros, with which it gives what it gave.
 """
 
 import argparse
@@ -59,10 +62,11 @@ def main(argv=None) -> None:
         raise ValueError(f"got {' '.join(args.flags)}, expected no such flag with --layout {args.layout}")
     tensors, found = weights.read_weights(args.src, args.part)
     size = args.size or found.get("size") or weights.size_of(tensors, args.src)
+    given, tensors = tensors, weights.with_cameras(SIZES[size], tensors)
     weights.check_fit(SIZES[size], tensors, args.src)
     check_finite(tensors, args.src)
     metadata = record(args, size) | {"source": {"path": str(args.src), **found}}
-    if args.layout == found["layout"] == "own":
+    if args.layout == found["layout"] == "own" and tensors.keys() == given.keys():
         raise ValueError(f"got {args.src}, a file of this project, expected another's with --layout own: copy it")
     dtype = DTYPES[args.dtype] if args.dtype else None
     for name in tensors if dtype else ():  # one at a time: what is written is cast a shard at a time
@@ -74,7 +78,7 @@ def main(argv=None) -> None:
         write(args.out, tensors, SIZES[size], dtype=dtype)
     count = sum(w.numel() for w in tensors.values())
     print(f"{args.out}: {count / 1e9:.3g} billion weights, {found['layout']} {found.get('part', '')}".rstrip()
-          + f" in {args.src}, now {args.layout}")
+          + f" in {args.src}, now {args.layout}" + ", with cameras" * (len(tensors) > len(given)))
 
 
 if __name__ == "__main__":

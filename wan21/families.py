@@ -5,6 +5,7 @@ knows how many pixels a latent covers: it reads the numbers here.
 
     family     latents of a video           a latent covers        frames per second    trained on
     toy        3 x 10 x 10, its RGB         1 frame, 1 pixel       5                    the world worlds/toy.py
+    room       3 x 16 x 24, its RGB         1 frame, 1 pixel       5                    the world worlds/room.py
     wan2.1     16 x H/8 x W/8               4 frames, 8 x 8        16                   real video
     wan2.2     48 x H/16 x W/16             4 frames, 16 x 16      24                   real video
 
@@ -35,6 +36,9 @@ WAN22 = WHOLE_CLIPS | dict(stage="Wan 2.2", steps=50, shift=5.0, guidance=5.0, c
 # the defaults of train.py
 TOY = WHOLE_CLIPS | dict(stage="a teacher of the toy world", steps=40, shift=5.0, guidance=1.5, chunk=8, frames=8,
                          height=10, width=10)
+
+ROOM = WHOLE_CLIPS | dict(stage="a teacher of the room", steps=40, shift=5.0, guidance=1.0, chunk=16, frames=16,
+                          height=16, width=24)
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,8 @@ class Family:
 FAMILIES = {
     "toy": Family(world="toy", pixels_per_latent=1, pixel_multiple=1, frames_per_latent=1, fps=5, sampling=TOY,
                   student_steps=2, rollout_frames=24),
+    "room": Family(world="room", pixels_per_latent=1, pixel_multiple=1, frames_per_latent=1, fps=5, sampling=ROOM,
+                   student_steps=2),
     "wan2.1": Family(world="", pixels_per_latent=8, pixel_multiple=16, frames_per_latent=4, fps=16, sampling=WAN21,
                      sampling_of_size={"wan1.3b": dict(shift=8.0, guidance=6.0)},  # README of Wan2.1-T2V-1.3B
                      student_steps=4, vae_channels=16, vae_file="Wan2.1_VAE.pth", rgb=WAN21_RGB,

@@ -11,6 +11,7 @@ from model import SIZES, check_device, check_window
 from wan21 import video
 from wan21.errors import flag_of, need, say
 from wan21.families import FAMILIES
+from wan21.trajectory import check_length
 from worlds import WORLDS
 
 RANGES = [  # names of numbers, their minimum and maximum: beyond it is a typing error, or would fill a machine
@@ -54,15 +55,17 @@ def trained_for(metadata: dict, size: str) -> dict:
             "chunk": c["chunk"] if causal else c["frames"]}
 
 
-def with_defaults(args, metadata: dict, size: str):
-    """Fill what was not given from the record of the weights; check the numbers; warn where they depart from it."""
+def with_defaults(args, metadata: dict, size: str, along: int = 0):
+    """Fill what was not given from the record of the weights; check the numbers; warn where they depart from it. along:
+    frames of the path that clips follow, 0 if they follow none."""
     family, trained = FAMILIES[SIZES[size].family], trained_for(metadata, size)
     world, pixels = WORLDS.get(trained["world"]), family.pixels_per_latent
+    left = along and along - bool(args.image)  # frames on the path to make
     expected = {name: trained[name] for name in ("steps", "first_steps", "chunk", "solver", "shift", "guidance")}
     expected |= {"window": trained["window"] or trained["frames"], "sink": trained["sink"],
                  "height": trained["height"] * pixels, "width": trained["width"] * pixels}
     if not trained["causal"] and args.chunk is None:  # the whole clip at once
-        args.frames = expected["chunk"] = args.frames or trained["frames"] - bool(args.image)
+        args.frames = expected["chunk"] = args.frames or left or trained["frames"] - bool(args.image)
         expected["window"] = None
     need(args, args.chunk is None or args.chunk >= 1, "chunk", "a number from 1")
 
@@ -73,12 +76,14 @@ def with_defaults(args, metadata: dict, size: str):
     fill(expected)
     if slides:  # at least over the previous chunk, however short the clips of training were
         args.window = expected["window"] = max(args.window, args.sink + args.chunk)
-    fill({"frames": family.rollout_frames or (trained["frames"] - bool(args.image)) // args.chunk * args.chunk,
+    fill({"frames": left // args.chunk * args.chunk or family.rollout_frames or (
+              trained["frames"] - bool(args.image)) // args.chunk * args.chunk,
           "batch": len(world.prompts) if world else 1, "text_device": args.device,
           "wan": args.weights if args.weights.is_dir() else args.weights.parent,
           "precision": "bf16" if args.device.startswith("cuda") and not world else "fp32",
           "out": Path("sample.mp4" if not world and ".mp4" in video.formats() else "sample.webp")})
     check(args, family, world)
+    check_length(args, along, int(bool(args.image)))
     warn(args, trained, expected, "were trained" if metadata["layout"] == "own" else "are usually trained")
     return args
 

@@ -209,6 +209,17 @@ def check_fit(config: WanConfig, weights: dict[str, Tensor], path) -> None:
                      f"text-to-video model: change --size{f' to {fits[0]}' if fits else ', or the file'}")
 
 
+def with_cameras(config: WanConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a text-to-video model as those of a network that sees cameras: with prope_o of zeros, so that it
+    gives what it gave, whatever the cameras. Weights that have a prope_o, and those of other networks, as they are."""
+    new = {name: (shape, weights.get(name.replace("prope_o", "o"))) for name, shape in shapes(config).items()
+           if ".prope_o." in name}
+    if new.keys() & weights.keys():
+        return weights
+    return weights | {name: o.new_zeros(shape) for name, (shape, o) in new.items()
+                      if o is not None and o.shape == shape}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
 
@@ -227,8 +238,11 @@ def write_official(folder: Path, weights: dict[str, Tensor], config: WanConfig, 
 def write_diffusers(folder: Path, weights: dict[str, Tensor], config: WanConfig, max_shard_bytes: float = 10e9,
                     dtype: torch.dtype | None = None) -> None:
     """Write weights for diffusers' WanTransformer3DModel.from_pretrained(folder, subfolder="transformer"); arguments
-    and errors as of write_official."""
+    and errors as of write_official. ValueError for a network with cameras, which diffusers has not."""
     c = config
+    if c.sees_cameras:
+        raise ValueError("got a network that sees cameras, expected a text-to-video model, as the transformer of "
+                         "diffusers has no prope_o: change --layout to official")
     named = {renamed(name, DIFFUSERS, DIFFUSERS_BLOCK): w for name, w in weights.items()}
     write_sharded(Path(folder) / "transformer", named, max_shard_bytes, dtype, {
         "_class_name": "WanTransformer3DModel", "_diffusers_version": "0.33.0", "added_kv_proj_dim": None,

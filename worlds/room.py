@@ -3,8 +3,9 @@
 A square room has four walls of different colours and four fixed places, each of them empty or with a white, a black or
 an orange pillar. Somebody walks and turns in it; a clip is `f` frames of 16 x 24 RGB pixels of what they see, shifted
 and scaled to unit variance as the latents of a video model are. A model is told the actions, not the room: what it has
-not seen yet it must invent, what it has seen it must remember, and the camera must go where the actions say. A pillar
-place stops the walker even when it is empty, so a path never depends on the hidden room.
+not seen yet it must invent, what it has seen it must remember, and the camera must go where the actions say. Everybody
+starts in the middle of the room, so where one is follows from the actions alone: a pillar place stops the walker even
+when it is empty.
 
 The hidden room is eight whole numbers on a known floor plan: the colours of the walls at +x, +y, -x, -y (six colours),
 and what stands on the places (0: nothing). Each column of a frame depends on few of them, known from its pose, so all
@@ -38,6 +39,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from cameras import row_of
 from flowmap import Condition
 from worlds.draws import WORLD, generator
 from worlds.toy import enlarged, mean_and_contrast
@@ -55,13 +57,12 @@ PILLARS = torch.tensor([[0, 0, 0], [1, 1, 1], [0.08, 0.08, 0.08], [1, 0.5, 0.05]
 EVERY_WALLS = torch.tensor(list(permutations(range(6), 4)))  # (360 4)
 EVERY_PLACES = torch.cartesian_prod(*4 * [torch.arange(4)])  # (256 4)
 CEILING, FLOOR = (0.72, 0.76, 0.8), (0.42, 0.36, 0.3)
-MEAN, STD = 0.446, 0.253  # of the RGB values of this world, in [0, 1]
+MEAN, STD = 0.448, 0.237  # of the RGB values of this world, in [0, 1]
 ACTIONS = ("none", "forward", "back", "left", "right")
 NONE, FORWARD, BACK, LEFT, RIGHT = range(5)
 OFTEN = torch.tensor([0.08, 0.4, 0.12, 0.2, 0.2])  # how often a random walk takes up each action
 KEPT = 0.6  # how often it keeps the last one
 PERIOD = 16  # frames from one look around to the next
-TRIES = 16  # positions that are drawn to find a free one; all are blocked once in 10^10 clips
 WHOLE_TURN = " ".join(15 * ["left"])
 AWAY_AND_BACK = " ".join(7 * ["left"] + 7 * ["right"] + ["none"])
 
@@ -116,7 +117,7 @@ def read(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return rooms, integrate(labels[:, :3], actions)[0], actions
 
 
-def cameras(poses: Tensor) -> tuple[Tensor, Tensor]:
+def camera_of(poses: Tensor) -> tuple[Tensor, Tensor]:
     """World-to-camera matrices `... 4 4` of poses `... 3`, by OpenCV's axes (x right, y down, z forward; in the world z
     is up and the eye is at z = 0), and intrinsics `... 3 3` in units of the image's width and height."""
     x, y, heading = poses.unbind(-1)
@@ -310,31 +311,29 @@ def entropy(values: Tensor, n: int) -> float:
 def drawn(u: Tensor, frames: int) -> Tensor:
     """Labels of clips as the world draws them, from numbers `b n` in [0, 1), n = numbers(frames).
 
-    Half of the clips look around in every PERIOD of frames, and walk at random in the rest of it: half of these turn a
-    whole turn, half some turns away and as many back. The other half of the clips only walks at random. A walker turns
-    where a wall or a place would stop it.
+    Everybody starts in the middle and looks at the wall at +x. Half of the clips look around in every PERIOD of frames,
+    after 0 to 5 frames of it, and walk at random in the rest: half of these turn a whole turn, half some turns away and
+    as many back. The other half of the clips only walks at random. A walker turns where a wall or a place would stop
+    it.
     """
-    walls, places, tries, u = u.split([6, 4, 2 * TRIES, u.shape[1] - 10 - 2 * TRIES], 1)
+    walls, places, u = u.split([6, 4, u.shape[1] - 10], 1)
     rooms = torch.cat([walls.argsort(1)[:, :4], (4 * places).long()], 1)
-    tries = (2 * tries.unflatten(1, (TRIES, 2)) - 1) * (HALF - BODY)
-    xy = tries[torch.arange(len(u)), (~blocked(tries)).int().argmax(1)]
-    start = torch.cat([xy, 2 * math.pi * u[:, :1]], 1)
-    looks, whole, side, away = u[:, 1:2] < 0.5, u[:, 2:3] < 0.5, u[:, 3:4] < 0.5, 3 + (5 * u[:, 4:5]).long()
-    keeps, takes = u[:, 5:].unflatten(1, (frames, 2)).unbind(2)
+    first, looks, whole, side = (6 * u[:, :1]).long(), u[:, 1:2] < 0.5, u[:, 2:3] < 0.5, u[:, 3:4] < 0.5
+    away, (keeps, takes) = 3 + (5 * u[:, 4:5]).long(), u[:, 5:].unflatten(1, (frames, 2)).unbind(2)
     taken = torch.where(keeps < KEPT, 0, torch.arange(frames)).cummax(1).values  # the frame whose draw is still kept
     walk = torch.bucketize(takes.gather(1, taken), OFTEN.cumsum(0)[:-1], right=True)
-    i = torch.arange(frames) % PERIOD
+    i = (torch.arange(frames) - first) % PERIOD
     there = torch.where(side, LEFT, RIGHT)
     looking = torch.where(whole | (i <= away), there, LEFT + RIGHT - there)
     actions = torch.where(looks & (i <= torch.where(whole, TURNS, 2 * away)), looking, walk)
-    actions[:, i == 0] = torch.where(looks, NONE, actions[:, i == 0])
+    actions[looks & (i == 0)] = NONE
     actions[:, 0] = NONE  # the start is the first frame's pose
-    return label_of(start, rooms, actions, there[:, 0])
+    return label_of(torch.zeros(len(u), 3), rooms, actions, there[:, 0])
 
 
 def numbers(frames: int) -> int:
     """How many random numbers make a clip."""
-    return 10 + 2 * TRIES + 5 + 2 * frames
+    return 10 + 5 + 2 * frames
 
 
 @lru_cache(maxsize=4)
@@ -361,9 +360,13 @@ class Room:
         return drawn(torch.rand(n, numbers(frames), generator=g), frames)
 
     def embed(self, labels) -> Condition:
-        """Words `b 1 4`, all zero, and a row for each frame: the action that led to it, one-hot, `b f 5`."""
+        """Words `b 1 4`, all zero, and a row for each frame, `b f 23`: the action that led to it, one-hot, and its
+        camera, whose unit of length is HALF."""
         labels = torch.stack(list(labels))
-        return Condition(torch.zeros(len(labels), *self.text_shape), one_hot(labels[:, 11:].long(), 5).float())
+        _, poses, actions = read(labels)
+        camera = row_of(*camera_of(poses / torch.tensor([HALF, HALF, 1])))
+        rows = torch.cat([one_hot(actions, len(ACTIONS)).float(), camera], -1)
+        return Condition(torch.zeros(len(labels), *self.text_shape), rows)
 
     def parse(self, prompt: str) -> Tensor:
         """The label `11+f` of a walk that starts in the middle of a room, by its actions, "forward left left"."""
@@ -392,6 +395,45 @@ class Room:
             "render_error_by_frame": by_frame.tolist(),
             **self.light(x),
         }
+
+    @torch.no_grad()
+    def ask(self, n: int, frames: int, chunk: int, make, jump, seed: int) -> dict:
+        """What clips of random walks do not tell: memory_error, return_error, variety, and of a causal model
+        determined_errors, on n clips.
+
+        make(labels, of, given) -> clips `n f 3 H W` that begin with given frames (or None), from noise number `of`;
+        jump(labels, real) -> each frame in one jump from noise, behind its true past, or None. seed: of the rooms.
+        """
+        labels = self.draw_labels(n, frames, generator(WORLD, seed))
+
+        def walked(prompt, given, *of):
+            path = commanded(labels, prompt)
+            rooms, poses, _ = read(path)
+            real = render(rooms, poses)
+            return rooms, poses, [make(path, i, real[:, :given] if given else None).float().cpu() for i in of]
+
+        away = (frames - 2) // 2
+        there_and_back = away * ["left"] + away * ["right"] + (frames - 1 - 2 * away) * ["none"]
+        _, _, (back,) = walked(" ".join(there_and_back), 0, 0)
+        around, whole = " ".join((frames - 1) * ["left"]), min(TURNS, frames - chunk) // chunk * chunk
+        rooms, poses, (turned,) = walked(around, whole, 1)
+        asked = {"return_error": return_error(back, away), "memory_error": memory_error(turned, rooms, poses, whole)}
+        rooms, poses, two = walked(around, chunk, 2, 3)
+        asked["variety"] = variety(torch.stack([nearest_rooms(x, poses)[0] for x in two]), poses, chunk)
+        if jump:
+            rooms, poses, _ = read(labels)
+            asked |= determined_errors(jump(labels, render(rooms, poses)).float().cpu(), rooms, poses)
+        return asked
+
+    def columns(self, r: dict) -> dict[str, str]:
+        """A row of the table as it is printed, header -> text. Raises KeyError, TypeError, ... if it lacks something.
+        """
+        asked = {"still": "still", "moved": "moved", "memory": "memory", "turn": "memory_error",
+                 "return": "return_error", "variety": "variety"}
+        own = {"error": f"{r['render_error']:7.4f}", "validity": f"{r['validity']:8.4f}",
+               "walls": f"{r['wall_variety']:5.2f}", "pillars": f"{r['pillar_variety']:7.2f}",
+               "contrast": f"{r['contrast']:8.3f}"}
+        return own | {head: f"{r[name]:7.4f}" if name in r else f"{'-':>7}" for head, name in asked.items()}
 
     def light(self, x: Tensor) -> dict:
         """Of generated clips `b f 3 H W`: mean minus the true world's, contrast over it (worlds/toy.py)."""

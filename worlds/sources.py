@@ -7,13 +7,14 @@ A source gives, for draws.Draw:
     null_text, empty_text                                   words `l d`: what guidance leads away from; no prompt
     digest(), skipped                                       what tells these clips from others; how many were damaged
 
-text is `b l d`, or a flowmap.Condition where the world tells its frames more than words.
+text is `b l d`, or a flowmap.Condition where frames are told more than words: by the world, or a folder's cameras.
 """
 
 from functools import lru_cache
 
 import torch
 
+from cameras import ROW
 from flowmap import Condition, words_and_rows
 from worlds import WORLDS
 from worlds.draws import PROMPTS, noises
@@ -21,11 +22,12 @@ from worlds.latent_folder import LatentFolder
 
 
 @lru_cache(maxsize=2)
-def open_source(data: str, world: str, shape: tuple, text_shape: tuple, bad_data: str = "stop"):
-    """The source of --data and --world, opened once. shape: f c h w; text_shape: l d."""
+def open_source(data: str, world: str, shape: tuple, text_shape: tuple, row_width: int = 0, bad_data: str = "stop"):
+    """The source of --data and --world, opened once. shape: f c h w; text_shape: l d; row_width: numbers that a frame's
+    row of the condition has."""
     if data == "random":
-        return Noise(shape, text_shape)
-    return Folder(data, shape, text_shape, bad_data) if data else Drawn(WORLDS[world], shape[0])
+        return Noise(shape, text_shape, row_width)
+    return Folder(data, shape, text_shape, row_width, bad_data) if data else Drawn(WORLDS[world], shape[0])
 
 
 class Source:
@@ -61,24 +63,36 @@ class Drawn(Source):
 
 
 class Noise(Source):
-    """Noise in place of clips and words: to time and to try every stage without any data."""
+    """Noise in place of clips, words and rows: to time and to try every stage without any data."""
 
-    def __init__(self, shape, text_shape):
-        self.shape, self.text_shape = shape, text_shape
+    def __init__(self, shape, text_shape, row_width):
+        self.shape, self.text_shape, self.row_width = shape, text_shape, row_width
         self.null_text = self.empty_text = torch.zeros(text_shape)
 
     def clips(self, positions, *key):
-        return noises(positions, self.shape, *key), noises(positions, self.text_shape, *key, 1)
+        return noises(positions, self.shape, *key), self.told(positions, *key, 1)
 
     def prompts(self, draw):
-        return noises(draw.positions(), self.text_shape, PROMPTS, draw.cfg.seed, 1)
+        return self.told(draw.positions(), PROMPTS, draw.cfg.seed, 1)
+
+    def told(self, positions, *key):
+        words = noises(positions, self.text_shape, *key)
+        if not self.row_width:
+            return words
+        return Condition(words, noises(positions, (self.shape[0], self.row_width), *key, 2))
 
     def digest(self):
         return "random"
 
 
 class Folder(LatentFolder, Source):
-    """Latents and embeddings on disk."""
+    """Latents and embeddings on disk, and cameras for networks whose rows are those of cameras."""
+
+    def __init__(self, path, shape, text_shape, row_width=0, on_bad="stop"):
+        if row_width not in (0, ROW):
+            raise ValueError(f"got --data {path} and a network that is told {row_width} numbers of each frame, "
+                             f"expected one that is told a camera, {ROW} numbers, or none: change --size or --data")
+        super().__init__(path, shape, text_shape, on_bad, cameras=row_width == ROW)
 
     def prompts(self, draw):
         return self.texts(draw.positions(), PROMPTS, draw.cfg.seed)

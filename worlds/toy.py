@@ -226,6 +226,20 @@ class Toy:
             **self.light(x),
         }
 
+    def ask(self, *asked) -> dict:
+        """Nothing beyond clips: every stage is measured on these alone."""
+        return {}
+
+    def columns(self, r: dict) -> dict[str, str]:
+        """A row of the table as it is printed, header -> text. Raises KeyError, TypeError, ... if it lacks something.
+        """
+        by_frame = [x + 0 for x in r["render_error_by_frame"]]
+        drift = f"{r['drift']:.2f}" if r["weights"] else "-"  # of frames without an error there is none
+        return {"error": f"{r['render_error']:7.4f}", "frame 3": f"{by_frame[2]:7.4f}", "last": f"{by_frame[-1]:7.4f}",
+                "drift": f"{drift:>5}", "prompt": f"{100 * r['prompt_accuracy']:5.1f}%",
+                "motion": f"{r['motion']:6.2f}", "W1": f"{r['motion_w1']:6.3f}", "bright": f"{r['brightness']:+6.3f}",
+                "contrast": f"{r['contrast']:8.3f}"}
+
     def light(self, x: Tensor) -> dict:
         """The metrics brightness and contrast of generated clips `b f 3 SIZE SIZE`."""
         (mean, contrast), (true_mean, true_contrast) = mean_and_contrast(x.float()), true_light(self, x.shape[1])

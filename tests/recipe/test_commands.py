@@ -66,11 +66,13 @@ def commands():
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with all that the commands speak of: Wan in small, a public student, videos, captions, a picture."""
+    """A folder with all that the commands speak of: Wan in small, public students, videos, captions, a picture."""
     home, patch = tmp_path_factory.mktemp("home"), pytest.MonkeyPatch()
     small = dataclasses.replace(SIZES["wan1.3b"], dim=48, ffn_dim=64, num_heads=2, num_layers=2, freq_dim=16,
                                 text_dim=WIDTH, text_len=12)
+    walks = dataclasses.replace(small, num_heads=3, camera="frame")  # heads of 16 channels
     patch.setitem(SIZES, "wan1.3b", small)
+    patch.setitem(SIZES, "wan1.3b_camera", walks)
     patch.setattr(evaluate, "TEACHER_STEPS", 2)
     patch.chdir(home)
     net = CausalWan(small).init_weights(0)
@@ -79,6 +81,7 @@ def home(tmp_path_factory):
     write_vae(home / "Wan2.1-T2V-1.3B")
     for name in ("student.pt", "causal_forcing.pt"):
         torch.save({"generator_ema": {f"model.{k}": v for k, v in net.state_dict().items()}}, name)
+    torch.save({"generator_ema": CausalWan(walks).init_weights(0).state_dict()}, "walk.pt")
     Image.new("RGB", (48, 32), "orange").save("fox.png")
     Path("prompts.txt").write_text("a red fox runs through snow\na dog\n")
     for i in range(2):

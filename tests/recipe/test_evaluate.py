@@ -273,7 +273,7 @@ def test_the_table_of_an_older_version_is_measured_again(finished, capsys):
     again = evaluate.report(cfg, "dmd4")
     assert [r["render_error"] for r in again] == [r["render_error"] for r in rows]
     table = json.loads(path.read_text())
-    assert len(table) == len(rows) + 1 and all(evaluate.printable_row(r) for r in table)
+    assert len(table) == len(rows) + 1 and all(evaluate.printable_row(cfg, r) for r in table)
     evaluate.report_all(cfg, again)
     printed = capsys.readouterr().out
     assert "dmd4: jump from t" in printed and max(map(len, printed.splitlines())) <= 140

@@ -58,6 +58,7 @@ SAMPLING = {  # the same of sample.py, all in test_sample.py, but for what is sa
     "device": "test_flags_of_files_and_devices", "text_device": "test_flags_of_files_and_devices",
     "precision": "test_flags_of_files_and_devices", "compile": "test_flags_of_files_and_devices",
     "batch": "test_a_sample_depends_on_its_seed_and_prompt_alone",
+    "trajectory": "test_trajectory.py::test_every_frame_is_made_under_its_own_camera",
 } | dict.fromkeys(("negative_prompt", "seed", "frames", "height", "width", "steps", "first_steps", "chunk", "window",
                    "sink", "positions", "solver", "shift", "guidance"), "test_flags_of_a_rollout_do_what_they_say")
 TESTS = {path.name: path.read_text() for path in (ROOT / "tests").glob("*/test_*.py")}
@@ -75,7 +76,8 @@ def test_every_flag_has_its_test():
         warnings.warn(f"nothing is tested of the settings {untested}: give each a value in test_wiring.py's SETTINGS, "
                       "a test here, or a row in ELSEWHERE", stacklevel=1)
     assert set(SAMPLING) == set(vars(sample.parse([])))
-    for test in [*ELSEWHERE.values(), *(f"test_sample.py::{name}" for name in SAMPLING.values())]:
+    of_sampling = (name if "::" in name else f"test_sample.py::{name}" for name in SAMPLING.values())
+    for test in [*ELSEWHERE.values(), *of_sampling]:
         name, function = test.split("::")
         assert f"def {function}(" in TESTS[name], test
 

@@ -11,9 +11,12 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
+from cameras import ROW
 from cluster import files
 from cluster.files import write_tensors
-from worlds import draws, latent_folder
+from config import Config
+from flowmap import Condition
+from worlds import draws, latent_folder, sources
 
 SHAPE, TEXT = (4, 2, 3, 5), (6, 7)  # f c h w, l d
 COUNTS = (5, 4, 3)  # samples in the shards a, b and c
@@ -35,6 +38,17 @@ def write(path, change=lambda i, s: s, counts=COUNTS, **how):
         latent_folder.write_shard(path / f"{name}.safetensors", rest[:n])
         rest = rest[n:]
     return made
+
+
+def camera(i, frames=4):
+    """Cameras of sample i: random turns, translations and focal lengths."""
+    turn = torch.linalg.qr(draws.noises([i], (frames, 3, 3), 2)[0])[0]
+    viewmats, Ks = torch.eye(4).repeat(frames, 1, 1), torch.eye(3).repeat(frames, 1, 1)
+    viewmats[:, :3, :3] = turn * torch.linalg.det(turn)[:, None, None]
+    viewmats[:, :3, 3] = draws.noises([i], (frames, 3), 3)[0]
+    Ks[:, (0, 1), (0, 1)] = 0.3 + draws.noises([i], (frames, 2), 4)[0].abs()
+    Ks[:, :2, 2] = 0.5
+    return {"viewmats": viewmats, "Ks": Ks}
 
 
 def numbers(x):
@@ -254,6 +268,149 @@ def test_prompts_only(tmp_path):
         latent_folder.LatentFolder(tmp_path, SHAPE, TEXT)
     with pytest.raises(ValueError, match="one kind"):
         latent_folder.write_shard(tmp_path / "e.safetensors", [prompt(0, sample(0)), sample(1)])
+
+
+def opened(path, row_width=ROW, on_bad="stop", shape=SHAPE):
+    return sources.Folder(path, shape, TEXT, row_width, on_bad)
+
+
+@pytest.mark.parametrize("change", [lambda i, s: s, prompt], ids=["clips", "prompts"])
+@pytest.mark.parametrize("frames", [4, 6])
+def test_cameras_come_back(tmp_path, change, frames):
+    """Bug: the cameras of another clip, of its last frames, transposed, or without their focal lengths; a folder of
+    paths that are to be walked without them; words that differ where there are cameras; cameras given to a network that
+    knows none."""
+    made = write(tmp_path, lambda i, s: change(i, s) | camera(i, frames), frames=frames)
+    held = latent_folder.read_shard(tmp_path / "a.safetensors")
+    assert all(torch.equal(held[3][kind], made[3][kind]) for kind in ("viewmats", "Ks"))
+    folder, words_only = opened(tmp_path), opened(tmp_path, 0)
+    cfg = Config(batch=12, frames=4, prompt_dropout=0, device="cpu")
+    draw = draws.Draw(cfg, folder, "bidirectional", 0, slice(None))
+    asked = [(None, draw.prompts()), *([draw.clips()] if folder.has_latents else [])]
+    for x0, text in asked:
+        assert text.words.shape == (12, *TEXT) and text.rows.shape == (12, 4, ROW) and text.rows.dtype == torch.float32
+        for i, rows in zip(numbers(text.words), text.rows):
+            assert torch.equal(rows[:, :16].view(4, 4, 4), made[i]["viewmats"][:4])
+            assert torch.equal(rows[:, 16:], made[i]["Ks"][:4, (0, 1), (0, 1)])
+        assert x0 is None or numbers(x0) == numbers(text.words)
+    assert torch.equal(words_only.texts(range(12), 0), folder.texts(range(12), 0).words)
+    latent_folder.write_null(tmp_path / "empty.safetensors", torch.ones(2, 7))
+    dropped = folder.with_empty_words(text, torch.zeros(12, 1, 1, dtype=bool))
+    assert torch.equal(dropped.rows, text.rows) and torch.equal(dropped.words[5], folder.empty_text)
+
+
+def test_cameras_are_in_the_documented_format(tmp_path):
+    """Bug: cameras that no checksum covers, or one in another order than the docstring's; a shard from before cameras
+    that cannot be read."""
+    made = [sample(i) | camera(i) for i in range(2)]
+    latent_folder.write_shard(tmp_path / "ours.safetensors", made)
+    held = load_file(tmp_path / "ours.safetensors")
+    assert held.keys() == {f"{i}.{kind}" for i in range(2) for kind in ("latents", "text", "viewmats", "Ks")}
+    with latent_folder.safe_open(tmp_path / "ours.safetensors", "pt") as f:
+        assert json.loads(f.metadata()["about"])["crc32"] == [zlib.crc32(b"".join(
+            s[kind].numpy().tobytes() for kind in ("latents", "text", "viewmats", "Ks"))) for s in made]
+    before = opened(tmp_path).digest()
+    made[1]["viewmats"][2, 0, 3] += 1
+    latent_folder.write_shard(tmp_path / "ours.safetensors", made)
+    assert opened(tmp_path).digest() != before
+    flip(tmp_path / "ours.safetensors", "1.viewmats")
+    with pytest.raises(ValueError, match=r"sample 1 of \S*ours.safetensors .*crc32.*--bad-data skip"):
+        opened(tmp_path).clips(range(2), 0)
+    with pytest.raises(ValueError, match="sample 1"):  # whoever looks at them or not
+        opened(tmp_path, 0).clips(range(2), 0)
+
+
+@pytest.mark.parametrize("kind, stored, message", [
+    ("viewmats", torch.eye(4).repeat(3, 1, 1), r"shape \(3, 4, 4\), expected \(4, 4, 4\) or longer: change --frames"),
+    ("viewmats", torch.eye(3).repeat(4, 1, 1), r"shape \(4, 3, 3\), expected \(4, 4, 4\)"),
+    ("viewmats", torch.eye(4), r"shape \(4, 4\), expected \(4, 4, 4\)"),
+    ("viewmats", torch.eye(4).repeat(13, 1, 1), "13 frames, expected one for each latent frame"),  # of the video's
+    ("Ks", torch.eye(3).repeat(5, 1, 1), "5 frames, expected one for each latent frame"),
+    ("Ks", torch.eye(3).repeat(3, 1, 1), r"shape \(3, 3, 3\), expected \(4, 3, 3\) or longer"),
+    ("Ks", torch.ones(4, 4), r"shape \(4, 4\), expected \(4, 3, 3\)"),
+    ("Ks", torch.eye(3).repeat(4, 1, 1).int(), "dtype I32, expected one of"),
+])
+def test_cameras_that_do_not_fit_are_named_at_opening(tmp_path, kind, stored, message):
+    """Bug: a camera for every frame of video where one for every latent frame is wanted, matrices of another shape, or
+    an error for a network that never asks for them."""
+    write(tmp_path, lambda i, s: s | camera(i) | ({kind: stored} if i == 7 else {}))
+    with pytest.raises(ValueError, match=rf"{kind} of sample 2 in \S*b.safetensors of {message}"):
+        opened(tmp_path, on_bad="skip")
+    if stored.is_floating_point():
+        assert opened(tmp_path, 0).clips(range(12), 0)[1].shape == (12, *TEXT)
+
+
+def spoilt(kind, *at, value=None, factor=1.0):
+    """Sample 7 with an element, or a slice, of its cameras changed in frame 3."""
+    def change(i, s):
+        made = s | camera(i)
+        if i == 7:
+            x = made[kind][3]
+            x[at] = x[at] * factor if value is None else value
+        return made
+    return change
+
+
+R = slice(0, 3), slice(0, 3)
+
+
+@pytest.mark.parametrize("change, message", [
+    (spoilt("viewmats", 3, 3, value=0), "not rigid"), (spoilt("viewmats", 3, 0, value=0.5), "not rigid"),
+    (spoilt("viewmats", *R, factor=1.1), "not rigid"), (spoilt("viewmats", *R, factor=-1), "not rigid"),
+    (spoilt("viewmats", 0, 1, value=3.0), "not rigid"), (spoilt("viewmats", 1, 3, value=float("nan")), "non-finite"),
+    (spoilt("Ks", 0, 0, value=970.0), "focal lengths .* units of the image's width and height"),
+    (spoilt("Ks", 1, 1, value=0.0), "focal lengths")],
+    ids=["zero", "last row", "scaled", "mirrored", "skewed", "nan", "pixels", "no focal length"])
+def test_cameras_that_are_none(tmp_path, capsys, change, message):
+    """Bug: training on a camera-to-world matrix with its translation in the last row, on scaled or mirrored axes, or on
+    focal lengths in pixels; a sample without a name."""
+    write(tmp_path, change)
+    with pytest.raises(ValueError, match=rf"sample 2 of \S*b.safetensors .*{message}.*--bad-data skip"):
+        opened(tmp_path).texts(range(12), 0)
+    if message != "non-finite":
+        with pytest.raises(ValueError, match=rf"b.safetensors .*sample 2 has .*{message}.*at frame 3"):
+            latent_folder.read_shard(tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match=r"x.safetensors .*sample 0 has .* of shapes \(2, 4, 4\) and \(\)"):
+        odd = {"viewmats": torch.eye(4).repeat(2, 1, 1), "Ks": torch.tensor(1.0)}
+        latent_folder.write_shard(tmp_path / "x" / "x.safetensors", [prompt(0, sample(0)) | odd])
+        latent_folder.read_shard(tmp_path / "x" / "x.safetensors")
+    folder = opened(tmp_path, on_bad="skip")
+    assert 7 not in numbers(folder.clips(range(12), 0)[0]) and folder.skipped == 1
+    assert sorted(numbers(opened(tmp_path, 0).clips(range(12), 0)[0])) == list(range(12))  # not asked for
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_rounded_cameras_are_cameras(tmp_path, dtype):
+    """Bug: a bound for rotations that those stored in few bits cannot keep."""
+    write(tmp_path, lambda i, s: s | {kind: x.to(dtype) for kind, x in camera(i).items()})
+    assert opened(tmp_path).texts(range(12), 0).rows.shape == (12, 4, ROW)
+
+
+def test_cameras_are_everywhere_or_nowhere(tmp_path):
+    """Bug: a network that is told cameras of some clips alone, or of none; rows that a folder cannot know, of zeros."""
+    made = write(tmp_path)
+    assert not isinstance(opened(tmp_path, 0).texts([0], 0), Condition)
+    with pytest.raises(ValueError, match=rf"{tmp_path} without cameras, expected .*: change --data or --size"):
+        opened(tmp_path)
+    for open_ in (opened, lambda path, width: sources.open_source(str(path), "", SHAPE, TEXT, width)):
+        with pytest.raises(ValueError, match="--data .* 23 numbers of each frame, expected .*18.*--size"):
+            open_(tmp_path, 23)
+    with pytest.raises(ValueError, match="without cameras"):
+        sources.open_source(str(tmp_path), "", SHAPE, TEXT, ROW)
+    half = [sample(12) | {"viewmats": camera(12)["viewmats"]}]
+    for mixed in ([made[0], made[1] | camera(1)], half):
+        with pytest.raises(ValueError, match="cameras and some without"):
+            latent_folder.write_shard(tmp_path / "d.safetensors", mixed)
+    latent_folder.write_shard(tmp_path / "d.safetensors", [sample(12) | camera(12)])
+    for width in (0, ROW):
+        with pytest.raises(ValueError, match=r"d.safetensors with cameras, expected all .* or none: change --data"):
+            opened(tmp_path, width)
+    held = load_file(tmp_path / "d.safetensors")
+    with latent_folder.safe_open(tmp_path / "d.safetensors", "pt") as f:
+        about = f.metadata()
+    save_file({k: v for k, v in held.items() if k != "0.Ks"}, tmp_path / "d.safetensors", about)
+    with pytest.raises(ValueError, match="d.safetensors .*do not make samples 0 to n-1"):
+        opened(tmp_path, 0)
 
 
 def test_null_text(tmp_path):

@@ -9,9 +9,9 @@ from conftest import ROOT
 from config import ROW_MAY_SET, STAGES, Config, for_stage
 
 FLOORS = [  # from the ground up; a file may import only from floors below its own, or what stands in the same folder
-    {"flowmap"}, {"model", "align", "sc_loss", "dmd", "causal_cd", "rollout"}, {"cluster"}, {"worlds"}, {"wan21"},
+    {"flowmap", "cameras"}, {"model", "align", "sc_loss", "dmd", "causal_cd", "rollout"}, {"cluster"}, {"worlds"}, {"wan21"},
     {"config"}, {"stage"}, {"baselines", "evaluate"}, {"train", "sample"}, {"tools", "findings"}, {"reproduce"}]
-BUDGETS = {"model.py": 490, "flowmap.py": 205, "causal_cd.py": 60, "rollout.py": 195, "dmd.py": 95, "sc_loss.py": 115,
+BUDGETS = {"model.py": 540, "flowmap.py": 215, "causal_cd.py": 60, "rollout.py": 195, "dmd.py": 95, "sc_loss.py": 115,
            "align.py": 50, "train.py": 440, "sample.py": 300}  # lines
 FILES = sorted(path for path in ROOT.rglob("*.py") if not {"tests", ".venv", "venv"} & set(path.parts[:-1])
                and not any(part.startswith(".") for part in path.relative_to(ROOT).parts))
@@ -72,7 +72,7 @@ def test_an_idea_fits_its_budget(name):
 def test_the_ground_floor_is_the_nine_and_a_few():
     """Bug: a script that nobody came for among the nine that everybody came for."""
     top = {path.name for path in ROOT.glob("*.py")}
-    assert top >= set(BUDGETS) and len(top - set(BUDGETS)) <= 5
+    assert top >= set(BUDGETS) and len(top - set(BUDGETS)) <= 6
 
 
 def test_equations_are_found_where_they_are_computed():

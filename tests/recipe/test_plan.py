@@ -31,13 +31,15 @@ def layouts(net, x, t, text):
     yield "features", lambda: net(x, t, text, num_blocks=1)
 
 
-@pytest.mark.parametrize("window, row_dim", [(None, 0), (3, 0), (None, 4)])
-def test_flops_are_those_that_torch_counts(tiny, window, row_dim):
-    """Bug: a formula that forgets a projection, the clean stream, the window, the text or what is told of a frame; MFU
-    would be wrong by it."""
-    net = flops.count(tiny(window=window, sink=1 if window else 0, row_dim=row_dim))
+@pytest.mark.parametrize("window, row_dim, camera", [
+    (None, 0, ""), (3, 0, ""), (None, 4, ""), (None, 4, "frame"), (3, 0, "ray"), (None, 0, "prope"),
+    (None, 4, "unseen")])
+def test_flops_are_those_that_torch_counts(tiny, window, row_dim, camera):
+    """Bug: a formula that forgets a projection, the clean stream, the window, the text, what is told of a frame or its
+    camera; MFU would be wrong by it."""
+    net = flops.count(tiny(window=window, sink=1 if window else 0, row_dim=row_dim, dim=32, camera=camera))
     x, t, text = torch.randn(2, 4, 3, 4, 6), torch.rand(2, 4), torch.randn(2, 3, 5)
-    text = Condition(text, torch.randn(2, 4, row_dim)) if row_dim else text
+    text = Condition(text, torch.randn(2, 4, net.config.row_width)) if net.config.row_width else text
     for name, forward in layouts(net, x, t, text):
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             before = flops.done

@@ -12,7 +12,7 @@ from test_train import config
 import train
 from cluster.files import write_tensors
 from config import PRESET_OF_STAGE, PRESETS, STAGES, Config, check, option, parse, start_of
-from flowmap import bell_weight, flow_matching_loss, schedule
+from flowmap import bell_weight, data_weight, flow_matching_loss, schedule
 from model import SIZES
 from stage import build, path_of, source_of
 from worlds import latent_folder
@@ -143,17 +143,17 @@ def test_bell_weight_by_hand():
     assert bell_weight(schedule(1000, 5.0), 5.0).mean().item() == pytest.approx(1, abs=1e-5)
 
 
-def test_stage_one_weighs_its_loss_by_the_time_of_each_frame(wan, monkeypatch):
-    """Bug: a weight that is computed and not used, of other frames' times, or used by the toy."""
+@pytest.mark.parametrize("stage, other", [("bidirectional", "teacher_forcing"), ("teacher_forcing", "bidirectional")])
+def test_stage_one_weighs_its_loss_by_the_time_of_each_frame(wan, monkeypatch, stage, other):
+    """Bug: a weight that is computed and not used, of other frames' times, or the other teacher's."""
     seen, real = [], train.flow_matching_loss
     monkeypatch.setattr(train, "flow_matching_loss", lambda *a, **k: (seen.append(a), real(*a, **k))[1])
-    cfg = wan("--stage teacher_forcing --preset causal_forcing_pp")
-    train.begin(cfg, "teacher_forcing").update(0)
-    _, _, _, t, _, weight = seen[-1]
-    assert torch.equal(weight, bell_weight(t, 5.0)) and len(t.unique()) > 2
-    cfg = dataclasses.replace(cfg, teacher_forcing_weight="flat")
-    train.begin(cfg, "teacher_forcing").update(0)
-    assert seen[-1][5] is None
+    cfg = wan(f"--stage {stage} --preset causal_forcing_pp")
+    for name in ("flat", "bell", "data"):
+        train.begin(dataclasses.replace(cfg, **{f"{stage}_weight": name, f"{other}_weight": "bell"}), stage).update(0)
+    (flat, bell, data), t = (weight for _, _, _, _, _, weight in seen), seen[0][3]
+    assert flat is None and len(t.unique()) > 2
+    assert torch.equal(bell, bell_weight(t, 5.0)) and torch.equal(data, data_weight(t))
 
     x0, eps = torch.zeros(2, 3, 1, 2, 2), torch.zeros(2, 3, 1, 2, 2)
     error = torch.arange(6.0).reshape(2, 3)  # of frame j of clip i

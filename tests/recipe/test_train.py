@@ -360,11 +360,11 @@ def test_every_network_is_told_the_rows_of_the_frames_it_sees(tmp_path, monkeypa
     try:
         cfg = config(tmp_path, bidirectional_steps=2, teacher_forcing_steps=2, trajectory_steps=2, dmd_steps=2,
                      critic_steps=1, eval_clips=2, prompt_dropout=0.5, score_guidance=2.0, mixed_steps=(2, 4),
-                     mixed_probs=(0.5, 0.5))
+                     mixed_probs=(0.5, 0.5), trajectories=2, trajectory_grid=16)
         assert train.main(cfg)
         assert True in calls and False in calls  # clips with words and without
         for stage in STAGES:
-            if stage not in RECIPE and not stage.endswith("_ode"):  # stored trajectories have words alone
+            if stage not in RECIPE:
                 calls.clear()
                 init = "causal_cd" if STAGES[stage].causal else ""
                 train.begin(dataclasses.replace(cfg, init=init), stage).update(0)

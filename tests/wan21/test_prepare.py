@@ -1,6 +1,7 @@
 """From videos to latents: every clip under its own caption, and the same bytes however often it was cut short."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -14,11 +15,13 @@ import torch
 from conftest import ROOT
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import model
 import stage
 import wan21.text
 import wan21.video
+from cameras import ROW
 from tools import prepare
 from worlds import latent_folder
 from worlds.draws import GROUPS, Draw
@@ -364,6 +367,149 @@ def test_many_names_are_not_all_printed(tmp_path, films, capsys):
     prepared(*where, tmp_path / "out", encode_clip, encode_text, **HOW)
     err = capsys.readouterr().err
     assert "30 x caption without a video: lost0, lost1, lost2, " in err and "lost19 ..." in err
+
+
+# -- cameras ----------------------------------------------------------------------------------------------------------
+
+def walk(n, start=0):
+    """World-to-camera matrices of n frames, float64 `n 4 4`: frame j is turned by j / 10 about the axis y and stands at
+    (start + j, 0, 2 j)."""
+    angle = torch.arange(n).double() / 10
+    made = torch.eye(4).double().repeat(n, 1, 1)
+    made[:, 0, 0] = made[:, 2, 2] = angle.cos()
+    made[:, 0, 2], made[:, 2, 0] = angle.sin(), -angle.sin()
+    at = torch.stack([start + torch.arange(n), torch.zeros(n), 2 * torch.arange(n)], 1).double()
+    made[:, :3, 3:] = -made[:, :3, :3] @ at[..., None]
+    return made
+
+
+def intrinsics(fx, fy):
+    return torch.tensor([[fx, 0, 0.5], [0, fy, 0.5], [0, 0, 1]]).double()
+
+
+def write_cameras(path, viewmats, Ks):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npz":
+        np.savez(path, viewmats=viewmats.numpy(), Ks=Ks.numpy(), frames=3)
+    else:
+        save_file({"viewmats": viewmats.contiguous(), "Ks": Ks.contiguous()}, path)
+
+
+def walked(path, rows):
+    path.write_text("video,caption,cameras\n" + "".join(",".join(row) + "\n" for row in rows))
+    return path
+
+
+NINE = HOW | {"frames": 9}  # of which three latents are made
+
+
+def encode_three(pixels):
+    return torch.zeros(3, *SHAPE[1:]) + pixels[0, 0, 0, 0] / 256
+
+
+def test_a_latent_frame_has_the_camera_of_its_last_frame(tmp_path):
+    """Bug: the cameras of frames 0, 1, 2 or of every third one; poses relative to the origin of the world, or turned
+    the wrong way; another clip's cameras; a world too large for float32; one K for all frames that
+    is taken for one frame's; cameras that training does not get."""
+    films, files_of = tmp_path / "films", ("v0.npz", "deep/v1.safetensors")
+    for i, start, Ks in ((0, 0, intrinsics(0.6, 1.2)), (1, 10**7, intrinsics(0.6, 1.2).repeat(11, 1, 1))):
+        clip(films, f"v{i}", 50 * i, n=11)
+        Ks[..., 0, 0] += i
+        write_cameras(films / files_of[i], walk(11, start), Ks)
+    where = walked(tmp_path / "a.csv", [(f"v{i}", f"clip {i:03d}", files_of[i]) for i in (0, 1)])
+    assert prepared(films, where, tmp_path / "out", encode_three, encode_text, **NINE) == {"clips": 2}
+    with safe_open(tmp_path / "out" / "00000.safetensors", "pt") as f:
+        for i in range(2):
+            assert f.get_tensor(f"{i}.latents")[0, 0, 0, 0] == 50 * i / 256
+            got, want = f.get_tensor(f"{i}.viewmats"), torch.stack([
+                walk(9)[j] @ torch.linalg.inv(walk(9)[0]) for j in (0, 4, 8)])
+            assert got.dtype == torch.float32 and torch.equal(got[0], torch.eye(4))
+            assert torch.allclose(got.double(), want, atol=1e-5)
+            assert torch.allclose(f.get_tensor(f"{i}.Ks").double(), intrinsics(0.6 + i, 1.2).repeat(3, 1, 1))
+    source = stage.open_source(str(tmp_path / "out"), "", (3, *SHAPE[1:]), TEXT, ROW)
+    rows = source.clips([0], 0)[1].rows
+    assert torch.allclose(rows[0, 2, :16].view(4, 4).double(), want[2], atol=1e-5) and rows.shape == (1, 3, ROW)
+    assert prepared(films, where, tmp_path / "out", None, None, **NINE) == {"clips": 2}  # nothing to do
+
+
+@pytest.mark.parametrize("w, h, fx, fy", [(16, 16, 0.5, 0.5), (32, 16, 1.0, 0.5), (64, 32, 1.0, 0.5),
+                                          (16, 24, 0.5, 0.75)])
+def test_focal_lengths_are_those_of_what_is_left_of_a_frame(tmp_path, w, h, fx, fy):
+    """Bug: a focal length in widths of the whole frame, of which only the middle is left; both corrected where one side
+    is cut, or for a scale without a cut."""
+    films = tmp_path / "films"
+    for j in range(5):
+        (films / "v").mkdir(parents=True, exist_ok=True)
+        Image.new("L", (w, h), j).save(films / "v" / f"{j}.png")
+    write_cameras(films / "v.npz", walk(5), intrinsics(0.5, 0.5))
+    where = walked(tmp_path / "a.csv", [("v", "clip 000", "v.npz")])
+    prepared(films, where, tmp_path / "out", encode_clip, encode_text, **HOW)
+    with safe_open(tmp_path / "out" / "00000.safetensors", "pt") as f:
+        assert torch.allclose(f.get_tensor("0.Ks"), intrinsics(fx, fy).float().repeat(2, 1, 1))
+
+
+def test_bad_cameras_are_named_counted_and_left_out(tmp_path, capsys):
+    """Bug: a video that is trained with another's cameras, with none, with a wrong matrix's; one bad file that ends the
+    run."""
+    films, rows = tmp_path / "films", []
+    viewmats, Ks, bad = walk(5), intrinsics(0.5, 0.5), {
+        "good": lambda v, K: (v, K), "few": lambda v, K: (v[:4], K), "few_Ks": lambda v, K: (v, K.repeat(4, 1, 1)),
+        "scaled": lambda v, K: (v * torch.tensor([2, 2, 2, 1]).double(), K), "pixels": lambda v, K: (v, K * 500),
+        "transposed": lambda v, K: (v.mT, K), "nan": lambda v, K: (v + float("nan"), K),
+        "row": lambda v, K: (v[:, :3], K)}
+    for i, (name, change) in enumerate(bad.items()):
+        clip(films, name, 10 * i)
+        write_cameras(films / f"{name}.npz", *change(viewmats, Ks))
+        rows.append((name, f"clip {i:03d}", f"{name}.npz"))
+    for name, cameras in (("broken", "broken.npz"), ("other", "other.safetensors"), ("none", ""), ("lost", "lost.npz")):
+        clip(films, name, 10)
+        rows.append((name, "a", cameras))
+    (films / "broken.npz").write_text("no cameras")
+    save_file({"viewmats": viewmats}, films / "other.safetensors")
+    counts = prepared(films, walked(tmp_path / "a.csv", rows), tmp_path / "out", encode_clip, encode_text, **HOW)
+    assert counts == {"clips": 1, "bad cameras": 9} and set(pairs(tmp_path / "out")) == {"clip 000"}
+    err = capsys.readouterr().err
+    assert "1 x video without cameras: none" in err and "1 x file of cameras that is not there: lost" in err
+    for line in ("few: got .*few.npz, .* cameras of 4 frames", "few_Ks: .*", "scaled: .*not rigid", "pixels: .*focal",
+                 "transposed: .*not rigid", "nan: .*non-finite", "row: .*shapes .*5, 3, 4", "broken: .*broken.npz",
+                 "other: .*Ks"):
+        assert re.search(rf"skipped \(bad cameras\): {line}", err), line
+
+
+def test_all_clips_of_a_folder_have_cameras_or_none(tmp_path, films):
+    """Bug: a folder that training refuses, found after hours of encoding."""
+    folder, where = films(2)
+    for i in range(3):
+        write_cameras(folder / f"v{i}.npz", walk(5), intrinsics(0.5, 0.5))
+    rows = [(f"v{i}", f"clip {i:03d}", f"v{i}.npz") for i in range(2)]
+    prepared(folder, where, tmp_path / "out", encode_clip, encode_text, **HOW)
+    prepared(folder, walked(tmp_path / "b.csv", rows), tmp_path / "with", encode_clip, encode_text, **HOW)
+    for out, captions_of, said in (("out", tmp_path / "b.csv", "with"), ("with", where, "without")):
+        before = files(tmp_path / out)
+        with pytest.raises(ValueError, match=f".csv {said} cameras, expected .*{out}, .*--captions or --out"):
+            prepared(folder, captions_of, tmp_path / out, encode_clip, encode_text, **HOW)
+        assert files(tmp_path / out) == before
+    films(3)
+    walked(tmp_path / "b.csv", [*rows, ("v2", "clip 002", "v2.npz")])
+    assert prepared(folder, tmp_path / "b.csv", tmp_path / "with", encode_clip, encode_text, **HOW) == {"clips": 3}
+
+
+def test_the_column_of_cameras(tmp_path):
+    """Bug: a file outside --videos; a column of nothing taken for cameras; a number for a name."""
+    (tmp_path / "a.csv").write_text("cameras,video,caption\n a.npz,a.mp4,x\n,b.mp4,y\n")
+    (tmp_path / "a.jsonl").write_text('{"video": "a.mp4", "caption": "x", "cameras": "./a.npz"}\n'
+                                      '{"video": "b.mp4", "caption": "y"}')
+    for name in ("a.csv", "a.jsonl"):
+        assert prepare.read_captions(tmp_path / name) == [("a.mp4", "x", "a.npz"), ("b.mp4", "y", "")]
+    (tmp_path / "b.csv").write_text("video,caption,cameras\na.mp4,x,\n")
+    assert prepare.read_captions(tmp_path / "b.csv") == [("a.mp4", "x")]
+    for cameras in ("../a.npz", "/a.npz", 3):
+        (tmp_path / "c.jsonl").write_text(json.dumps({"video": "a.mp4", "caption": "x", "cameras": cameras}))
+        with pytest.raises(ValueError, match="c.jsonl, which cannot be read at row 1 .*--captions"):
+            prepare.read_captions(tmp_path / "c.jsonl")
+    (tmp_path / "d.jsonl").write_text('{"video": "a.mp4", "cameras": "a.npz"}')
+    with pytest.raises(ValueError, match="d.jsonl, which cannot be read at row 1"):
+        prepare.read_captions(tmp_path / "d.jsonl")
 
 
 class Encoder:

@@ -17,8 +17,10 @@ import config
 import stage
 import train
 import wan21.weights
+from cameras import row_of
 from cluster import files
 from cluster.files import read_tensors
+from flowmap import Condition
 from model import SIZES, WanConfig
 from tools import convert
 
@@ -352,6 +354,105 @@ def test_converted_students_are_recorded_as_such(tmp_path, tiny_wan, monkeypatch
     with pytest.raises(ValueError, match="file of this project"):
         convert.main([ours, str(tmp_path / "no")])
     assert not (tmp_path / "no").exists()
+
+
+# -- cameras ----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def tiny_camera(tiny_wan, monkeypatch):
+    """--size wan1.3b_camera is the same tiny network with cameras, and heads wide enough for them."""
+    monkeypatch.setitem(SIZES, "wan1.3b", dataclasses.replace(tiny_wan, num_heads=3))
+    monkeypatch.setitem(SIZES, "wan14b", dataclasses.replace(tiny_wan, num_heads=3, dim=96))
+    monkeypatch.setitem(SIZES, "wan1.3b_camera", dataclasses.replace(tiny_wan, num_heads=3, camera="frame"))
+    return SIZES["wan1.3b_camera"]
+
+
+MORE = "--frames 3 --height 4 --width 6 --batch 2 --accum 1 --device cpu --teacher-forcing-steps 1 --chunk 1".split()
+
+
+def some_cameras(g, frames=3):
+    """Rows `2 f 18` of cameras that turn and move at random."""
+    skew = torch.randn(2, frames, 3, 3, generator=g)
+    viewmats = torch.eye(4).repeat(2, frames, 1, 1)
+    viewmats[..., :3, :3], viewmats[..., :3, 3] = torch.linalg.matrix_exp(skew - skew.mT), skew[..., 0]
+    return row_of(viewmats, 0.5 + torch.rand(2, frames, 3, 3, generator=g))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["official", "own", "diffusers", "pt"])
+def test_cameras_start_from_a_text_to_video_model(tmp_path, tiny_camera, capsys, layout):
+    """Bug: a start that is not the text-to-video model: prope_o that is random, or of its weight alone, or another
+    tensor that is changed; a network that the stages do not take; a model of our own that is refused."""
+    weights, src, run = random_weights(SIZES["wan1.3b"]), tmp_path / "src", tmp_path / "run"
+    g = torch.Generator().manual_seed(0)
+    if layout == "own":
+        wan21.weights.write_own(src, weights, {"stage": "bidirectional", "size": "wan1.3b", "saved": 1.5})
+        src = src / "bidirectional.safetensors"
+    elif layout == "pt":
+        src = tmp_path / "src.pt"
+        torch.save({"generator": prefixed(weights, "model.")}, src)
+    else:
+        getattr(wan21.weights, f"write_{layout}")(src, weights, SIZES["wan1.3b"])
+    convert.main([str(src), str(run), "--size", "wan1.3b_camera", *MORE])
+    assert "with cameras" in capsys.readouterr().out
+    ours, about = wan21.weights.load(tiny_camera, run / "bidirectional.safetensors")
+    t2v = wan21.weights.load(SIZES["wan1.3b"], src)[0]
+    assert about["size"] == "wan1.3b_camera"
+    new = {k: w for k, w in ours.state_dict().items() if "prope_o" in k}
+    assert len(new) == 2 * 2 and not any(w.any() for w in new.values())
+    assert equal({k: w for k, w in ours.state_dict().items() if k not in new}, weights)
+    x, text = torch.randn(2, 3, 16, 4, 6, generator=g), torch.randn(2, 6, 12, generator=g)
+    t = torch.rand(2, 3, generator=g)
+    want = t2v(x, t, text)
+    for rows in (some_cameras(g), 100 * some_cameras(g)):
+        assert torch.equal(ours(x, t, Condition(text, rows)), want) and want.std() > 0.1
+    for w in new.values():
+        w.normal_(generator=g)
+    assert (ours(x, t, Condition(text, some_cameras(g))) - want).abs().max() > 0.1
+
+
+def test_a_stage_starts_from_them(tmp_path, tiny_camera):
+    """Bug: prope_o that no gradient reaches; weights that train.py takes for another size's."""
+    wan21.weights.write_official(tmp_path / "wan", random_weights(SIZES["wan1.3b"]), SIZES["wan1.3b"])
+    convert.main([str(tmp_path / "wan"), str(tmp_path / "run"), "--size", "wan1.3b_camera", *MORE])
+    flags = ["--size", "wan1.3b_camera", "--data", "random", "--out", str(tmp_path / "run"), *MORE]
+    train.main(config.parse([*flags, "--stage", "teacher_forcing"]))
+    trained, about = read_tensors(tmp_path / "run" / "teacher_forcing.safetensors")
+    assert about["size"] == "wan1.3b_camera" and trained["blocks.1.self_attn.prope_o.weight"].any()
+
+
+def test_public_camera_models(tmp_path, tiny_camera, capsys):
+    """Bug: the prope_o of minWM's files lost, renamed or set to zero; cameras that are found by --size alone, or taken
+    for a text-to-video model's; a layout that has no place for them."""
+    weights = random_weights(tiny_camera)
+    assert {"blocks.0.self_attn.prope_o.weight", "blocks.1.self_attn.prope_o.bias"} <= weights.keys()
+    torch.save({"generator_ema": prefixed(weights, "model.")}, tmp_path / "walk.pt")
+    convert.main([str(tmp_path / "walk.pt"), str(tmp_path / "run"), "--stage", "causal_cd", "--chunk", "1"])
+    assert "with cameras" not in capsys.readouterr().out  # none were added
+    got, about = read_tensors(tmp_path / "run" / "causal_cd.safetensors")
+    assert equal(got, weights) and about["size"] == "wan1.3b_camera"
+    convert.main([str(tmp_path / "walk.pt"), str(tmp_path / "official"), "--layout", "official"])
+    assert equal(wan21.weights.read_weights(tmp_path / "official")[0], weights)
+    for size in ((), ("--size", "wan1.3b_camera")):
+        with pytest.raises(ValueError, match="sees cameras, .*--layout to official"):
+            convert.main([str(tmp_path / "walk.pt"), str(tmp_path / "no"), "--layout", "diffusers", *size])
+    with pytest.raises(ValueError, match="prope_o.*change --size to wan1.3b_camera"):
+        convert.main([str(tmp_path / "walk.pt"), str(tmp_path / "no"), "--size", "wan1.3b"])
+    with pytest.raises(ValueError, match="file of this project"):
+        convert.main([str(tmp_path / "run" / "causal_cd.safetensors"), str(tmp_path / "no")])
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("lost, n", [("norm3.bias", 1), ("self_attn.o.bias", 2), ("self_attn.prope_o.bias", 1)])
+def test_only_cameras_are_made_up(tmp_path, tiny_camera, lost, n):
+    """Bug: other missing tensors, or half of a prope_o, filled with zeros."""
+    weights = random_weights(tiny_camera if "prope_o" in lost else SIZES["wan1.3b"])
+    save_file({k: w for k, w in weights.items() if k != f"blocks.0.{lost}"}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=f"of which {n} tensors .*blocks.0.{lost}: got none"):
+        convert.main([str(tmp_path / "x.safetensors"), str(tmp_path / "no"), "--size", "wan1.3b_camera"])
+    with pytest.raises(ValueError, match=r"of which \d+ tensors .*: change --size to wan14b"):
+        save_file(random_weights(SIZES["wan14b"]), tmp_path / "x.safetensors")
+        convert.main([str(tmp_path / "x.safetensors"), str(tmp_path / "no"), "--size", "wan1.3b_camera"])
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
