@@ -103,6 +103,7 @@ class Config:
     ema_ramp: bool = setting(True, "each")  # let the decay of an average grow with the step: its start is forgotten
     train_shift: float = flag(3.0, "timestep shift of the timesteps in flow matching")
     prompt_dropout: float = flag(0.1, "fraction of clips trained with the empty prompt, for guidance")
+    row_dropout: float = setting(0.0)  # fraction of clips of which the network is told no rows, for mixed data
     teacher_betas: tuple = setting((0.9, 0.95))  # AdamW's, of both teachers
     ema: float = setting(0.99)  # decay of the averaged weights of both teachers
 
@@ -362,12 +363,11 @@ RANGES = [  # settings, minimum, maximum: beyond it is a slip of the hand, or wo
      "trajectory_lr dmd_lr", ABOVE_0, 1e9),
     ("lambda_sc lambda_align", 0.0, 1e9), ("guidance score_guidance", -1e3, 1e3),
     ("align_warmup align_prob mixed_probs", 0.0, 1.0), ("ema trajectory_ema dmd_ema prompt_dropout", 0.0, BELOW_1),
-    ("teacher_betas trajectory_betas dmd_betas", 0.0, BELOW_1)]
+    ("row_dropout teacher_betas trajectory_betas dmd_betas", 0.0, BELOW_1)]
 CHOICES = {"size": SIZES, "teacher_size": ("", *SIZES), "stage": (*STAGES, "all", "evaluate"), "init": ("", *STAGES),
            "world": ("", *WORLDS), "bad_data": ("stop", "skip"), "precision": ("fp32", "bf16"),
-           "lr_schedule": ("constant", "decay"),
-           **dict.fromkeys(("bidirectional_weight", "teacher_forcing_weight"), ("flat", "bell", "data")),
-           "sc_through": ("both", "direct", "composed")}
+           "lr_schedule": ("constant", "decay"), "sc_through": ("both", "direct", "composed"),
+           **dict.fromkeys(("bidirectional_weight", "teacher_forcing_weight"), ("flat", "bell", "data"))}
 
 
 def option(name: str) -> str:
@@ -411,6 +411,7 @@ def check(cfg: Config, ranks: int = 1):
          f"multiples of the patch, {c.patch_size[1]} x {c.patch_size[2]}")
     need(cfg.data or cfg.world and WORLDS[cfg.world].latent_shape == (c.in_dim, cfg.height, cfg.width),
          "data world size height width", "a world of clips of this size, or else --data FOLDER, or --data random")
+    need(cfg.row_dropout == 0 or c.row_width, "row_dropout size", "0 for a network that is told no rows")
     need(cfg.batch % (cfg.accum * ranks) == 0, "batch accum",
          f"a batch that divides into equal parts for {ranks} ranks")
     need(cfg.stage != "evaluate" or not cfg.data, "stage data", "no --data: only runs of a world can be measured")

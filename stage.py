@@ -51,6 +51,9 @@ def source_of(cfg):
                        cfg.bad_data)
 
 
+START = "start"  # weights that tools/convert.py left for stage bidirectional to start from
+
+
 def path_of(cfg, stage, suffix="") -> Path:
     return Path(cfg.out) / f"{stage}{suffix}.safetensors"
 

@@ -49,7 +49,7 @@ from dmd import critic_loss, dmd_loss, score_times
 from flowmap import flow_matching_loss, loss_weight, schedule, shift_timesteps
 from rollout import joined
 from sc_loss import draw_triple, sc_loss
-from stage import (Training, alternate, build_teacher, guide, is_finished, load_finished, path_of, record_of,
+from stage import (START, Training, alternate, build_teacher, guide, is_finished, load_finished, path_of, record_of,
                    regression, rollout, score_models, source_of, student_and_average, video_shape)
 from worlds.draws import FIRST_EXIT, RENOISE, TRIPLE
 
@@ -57,8 +57,9 @@ from worlds.draws import FIRST_EXIT, RENOISE, TRIPLE
 # The four stages of the recipe
 
 def bidirectional(cfg, start) -> Training:
-    """Flow matching on whole clips."""
-    net, ema = student_and_average(cfg, None, seed=cfg.seed)
+    """Flow matching on whole clips, from scratch or from a converted model that has still to learn cameras."""
+    weights = load_finished(cfg, START) if path_of(cfg, START).exists() else None
+    net, ema = student_and_average(cfg, weights, seed=cfg.seed)
 
     def loss_of(draw):
         x0, text = draw.clips()

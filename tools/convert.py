@@ -10,7 +10,8 @@ OUT is a folder: with --layout own the --out folder of train.py. Flags of train.
 recorded as the settings that the weights were trained with (frames, chunk, steps, guidance), which sampling uses and
 later stages are checked against.
 
-A text-to-video model becomes one with cameras by --size: by prope_o of zeros, with which it gives what it gave.
+A text-to-video model becomes one with cameras by --size: by prope_o of zeros, with which it gives what it gave. As it
+has still to learn cameras, it is written as OUT/start.safetensors, from which train.py --stage bidirectional starts.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import torch
 import config
 from cluster.files import check_finite, run_command
 from model import SIZES
+from stage import START
 from wan21 import weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -63,10 +65,15 @@ def main(argv=None) -> None:
     tensors, found = weights.read_weights(args.src, args.part)
     size = args.size or found.get("size") or weights.size_of(tensors, args.src)
     given, tensors = tensors, weights.with_cameras(SIZES[size], tensors)
+    adds_cameras = tensors.keys() != given.keys()
+    if adds_cameras and args.stage != "bidirectional":
+        raise ValueError(f"got {args.src} without cameras and --stage {args.stage}, expected --stage bidirectional: "
+                         "train it with cameras first, then the other stages")
     weights.check_fit(SIZES[size], tensors, args.src)
     check_finite(tensors, args.src)
     metadata = record(args, size) | {"source": {"path": str(args.src), **found}}
-    if args.layout == found["layout"] == "own" and tensors.keys() == given.keys():
+    metadata |= {"stage": START} if adds_cameras else {}
+    if args.layout == found["layout"] == "own" and not adds_cameras:
         raise ValueError(f"got {args.src}, a file of this project, expected another's with --layout own: copy it")
     dtype = DTYPES[args.dtype] if args.dtype else None
     for name in tensors if dtype else ():  # one at a time: what is written is cast a shard at a time
@@ -78,7 +85,7 @@ def main(argv=None) -> None:
         write(args.out, tensors, SIZES[size], dtype=dtype)
     count = sum(w.numel() for w in tensors.values())
     print(f"{args.out}: {count / 1e9:.3g} billion weights, {found['layout']} {found.get('part', '')}".rstrip()
-          + f" in {args.src}, now {args.layout}" + ", with cameras" * (len(tensors) > len(given)))
+          + f" in {args.src}, now {args.layout}" + ", with cameras" * adds_cameras)
 
 
 if __name__ == "__main__":

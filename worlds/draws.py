@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowmap import Condition
+
 # which settings a stage reads, --GROUP-steps, --GROUP-lr, ...: its hyperparameter group
 GROUPS = ("bidirectional", "teacher_forcing", "trajectory", "dmd")
 
 # what a draw is for
-STEER, DROP, PROMPTS, NOISE, RENOISE, CLIPS, WORLD, EVALUATE, TRIPLE, SHORTCUT, FIRST_EXIT = range(11)
+STEER, DROP, PROMPTS, NOISE, RENOISE, CLIPS, WORLD, EVALUATE, TRIPLE, SHORTCUT, FIRST_EXIT, ROWS = range(12)
 
 
 def generator(*key: int) -> torch.Generator:
@@ -71,13 +73,16 @@ class Draw:
 
     def clips(self):
         """Clips x0 `b f c h w` and what is told of them. Some words are replaced by the empty prompt where guidance is
-        learned: a student of DMD is sampled without."""
+        learned: a student of DMD is sampled without. Of some clips, drawn apart from these, the rows are zeros."""
         x0, text = self.source.clips(self.positions(), CLIPS, self.cfg.seed, GROUPS.index(self.group))
         x0, text = x0.to(self.cfg.device), text.to(self.cfg.device)
         dropout = 0 if self.group == "dmd" else self.cfg.prompt_dropout
         if dropout > 0:
             kept = self.mine(torch.rand(self.cfg.batch, 1, 1, generator=self.generator(DROP)) >= dropout)
             text = self.source.with_empty_words(text, kept)
+        if self.cfg.row_dropout > 0:
+            kept = self.mine(torch.rand(self.cfg.batch, 1, 1, generator=self.generator(ROWS)) >= self.cfg.row_dropout)
+            text = Condition(text.words, text.rows * kept)
         return x0, text
 
     def prompts(self):

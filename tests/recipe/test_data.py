@@ -5,7 +5,7 @@ import torch
 
 from config import Config
 from flowmap import Condition
-from worlds import draws, sources, toy
+from worlds import draws, room, sources, toy
 
 WORLD = toy.Toy()
 
@@ -154,6 +154,24 @@ def test_dropped_words_are_the_empty_prompts_and_rows_stay(world):
     prompts = draws.Draw(cfg, source, "dmd", 3, slice(None)).prompts()
     part = draws.Draw(cfg, source, "dmd", 3, slice(8, 16)).prompts()
     assert torch.equal(words_of(part), words_of(prompts)[8:16]) and isinstance(part, type(prompts))
+
+
+def test_dropped_rows_are_zeros_and_words_stay():
+    """Bug: rows that are dropped with the words, in part, of the wrong clips, or otherwise in a slice of the batch."""
+    source = sources.Drawn(room.Room(), 4)
+    cfg = Config(batch=32, frames=4, prompt_dropout=0.5, row_dropout=0.5, device="cpu")
+    source.empty_text = torch.ones(room.Room.text_shape)  # to be told from the room's words, which are zeros
+
+    def clips(batch_slice):
+        text = draws.Draw(cfg, source, "teacher_forcing", 3, batch_slice).clips()[1]
+        return text.words, text.rows
+
+    undropped = source.clips(range(96, 128), draws.CLIPS, cfg.seed, 1)[1].rows
+    words, told = clips(slice(None))
+    kept = told.flatten(1).any(1)
+    assert 8 < kept.sum() < 24 and torch.equal(told[kept], undropped[kept])
+    assert 4 < (kept & words.flatten(1).any(1)).sum() < 24 and 4 < (~kept & words.flatten(1).any(1)).sum()
+    assert all(torch.equal(part, of[8:16]) for part, of in zip(clips(slice(8, 16)), (words, told)))
 
 
 def test_draws_depend_on_their_numbers_only():

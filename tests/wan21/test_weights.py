@@ -395,7 +395,8 @@ def test_cameras_start_from_a_text_to_video_model(tmp_path, tiny_camera, capsys,
         getattr(wan21.weights, f"write_{layout}")(src, weights, SIZES["wan1.3b"])
     convert.main([str(src), str(run), "--size", "wan1.3b_camera", *MORE])
     assert "with cameras" in capsys.readouterr().out
-    ours, about = wan21.weights.load(tiny_camera, run / "bidirectional.safetensors")
+    assert not (run / "bidirectional.safetensors").exists()  # which would not be trained, and teach DMD no cameras
+    ours, about = wan21.weights.load(tiny_camera, run / "start.safetensors")
     t2v = wan21.weights.load(SIZES["wan1.3b"], src)[0]
     assert about["size"] == "wan1.3b_camera"
     new = {k: w for k, w in ours.state_dict().items() if "prope_o" in k}
@@ -412,13 +413,20 @@ def test_cameras_start_from_a_text_to_video_model(tmp_path, tiny_camera, capsys,
 
 
 def test_a_stage_starts_from_them(tmp_path, tiny_camera):
-    """Bug: prope_o that no gradient reaches; weights that train.py takes for another size's."""
-    wan21.weights.write_official(tmp_path / "wan", random_weights(SIZES["wan1.3b"]), SIZES["wan1.3b"])
-    convert.main([str(tmp_path / "wan"), str(tmp_path / "run"), "--size", "wan1.3b_camera", *MORE])
+    """Bug: a teacher that never learns cameras, or is trained from scratch; prope_o that no gradient reaches; weights
+    that train.py takes for another size's."""
+    weights = random_weights(SIZES["wan1.3b"])
+    wan21.weights.write_official(tmp_path / "wan", weights, SIZES["wan1.3b"])
+    to = [str(tmp_path / "wan"), str(tmp_path / "run"), "--size", "wan1.3b_camera", *MORE]
+    with pytest.raises(ValueError, match="--stage teacher_forcing, expected --stage bidirectional"):
+        convert.main([*to, "--stage", "teacher_forcing"])
+    convert.main(to)
     flags = ["--size", "wan1.3b_camera", "--data", "random", "--out", str(tmp_path / "run"), *MORE]
-    train.main(config.parse([*flags, "--stage", "teacher_forcing"]))
-    trained, about = read_tensors(tmp_path / "run" / "teacher_forcing.safetensors")
-    assert about["size"] == "wan1.3b_camera" and trained["blocks.1.self_attn.prope_o.weight"].any()
+    for stage in ("bidirectional", "teacher_forcing"):
+        train.main(config.parse([*flags, "--stage", stage, "--bidirectional-steps", "3"]))
+        trained, about = read_tensors(tmp_path / "run" / f"{stage}.safetensors")
+        assert about["size"] == "wan1.3b_camera" and trained["blocks.1.self_attn.prope_o.weight"].any()
+        close(trained["blocks.0.ffn.0.weight"], weights["blocks.0.ffn.0.weight"], 0.05)
 
 
 def test_public_camera_models(tmp_path, tiny_camera, capsys):
