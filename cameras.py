@@ -9,10 +9,11 @@ of four, and multiply every group, with the projection of its frame:
     queries  q' = P^T q     keys  k' = P^-1 k     values  v' = P^-1 v     output  o = P softmax(q' k'^T / sqrt dh) v'
 
 Then q'_i . k'_j = q_i . (P_i P_j^-1) k_j, and a value that token i gets from token j is (P_i P_j^-1) v_j: a vector of
-camera j, told in the coordinates of camera i. The keys and values of the past stay in the cache as they are: k' and v'
-are those of a frame alone. model.py runs this beside the attention with RoPE, as further heads of the same q, k and v,
-and adds it through a linear layer of its own, `self_attn.prope_o`, which is zero at the start: a text-to-video model
-with cameras begins as it was.
+camera j, told in the coordinates of camera i. model.py runs this beside the attention with RoPE, as further heads of
+the same q, k and v, and adds it through a linear layer of its own, `self_attn.prope_o`, which is zero at the start: a
+text-to-video model with cameras begins as it was. As with RoPE, the cache holds keys and values without their position.
+So both kinds of heads share them, and world coordinates can be chosen anew for every forward: `matrices` puts the last
+frame at the origin, as far from the start of a walk bf16 would round small steps away.
 
 KINDS of matrices:
 
@@ -66,40 +67,44 @@ def towards(x: Tensor, y: Tensor) -> Tensor:
     return torch.stack([right, down, forward, torch.stack([zero, zero, zero, one], -1)], -2)
 
 
-def turns(positions: Tensor, groups: int) -> Tensor:
+def rotations(positions: Tensor, groups: int) -> Tensor:
     """RoPE's rotations of so many groups of four channels by whole numbers `n`, as matrices `n groups 4 4`."""
     pairs = 2 * groups
     angles = torch.outer(positions, 100.0 ** (-torch.arange(pairs, device=positions.device) / pairs))
     c, s = angles.cos(), angles.sin()
     pair = torch.stack([torch.stack([c, -s], -1), torch.stack([s, c], -1)], -2).unflatten(1, (groups, 2))
-    matrices = torch.zeros(len(positions), groups, 4, 4, device=positions.device)
-    matrices[..., :2, :2], matrices[..., 2:, 2:] = pair.unbind(2)
-    return matrices
+    both = torch.zeros(len(positions), groups, 4, 4, device=positions.device)
+    both[..., :2, :2], both[..., 2:, 2:] = pair.unbind(2)
+    return both
+
+
+def reciprocal(x: Tensor) -> Tensor:
+    """1 / x, and 0 where x is 0: a frame without a camera has no focal length."""
+    return 1 / torch.where(x > 0, x, math.inf)
 
 
 def matrices(kind: str, rows: Tensor, h: int, w: int, dh: int) -> tuple[Tensor, Tensor]:
-    """P and P^-1 of h x w patches a frame and heads of width dh, float32 `b f s g 4 4`; s is 1 where all tokens of a
-    frame have the same, g is 1 where all groups have. rows: `b f 18`."""
-    v, (fx, fy) = rows[..., :16].float().unflatten(-1, (4, 4))[:, :, None], rows[..., 16:, None].float().unbind(2)
-    inverse = rigid_inverse(v)
-
-    def over(x):  # a frame without a camera has no focal length
-        return 1 / torch.where(x > 0, x, math.inf)
-
-    count = torch.arange(h * w, device=rows.device, dtype=torch.float32)
-    row, column = count.div(w, rounding_mode="floor"), count % w
+    """P and P^-1 of h x w patches a frame and heads of width dh, float32 `b f s g 4 4`; s is 1 where all patches of a
+    frame have the same, g is 1 where all groups have. rows: `b f 18`. The last frame's camera is the origin."""
+    v = rows[..., :16].float().unflatten(-1, (4, 4))[:, :, None]  # (b f 1 4 4)
+    fx, fy = rows[..., 16:, None].float().unbind(2)  # (b f 1)
+    has_camera = v[..., 3:, 3:]  # 1, or 0
+    v = v @ (rigid_inverse(v[:, -1:]) + (1 - has_camera[:, -1:]) * torch.eye(4, device=v.device))
+    patch = torch.arange(h * w, device=rows.device, dtype=torch.float32)
+    row, column = patch.div(w, rounding_mode="floor"), patch % w
     if kind == "ray":
-        turn = towards(((column + 0.5) / w - 0.5) * over(fx), ((row + 0.5) / h - 0.5) * over(fy))  # (b f s 4 4)
-        return (turn @ v)[..., None, :, :], (inverse @ turn.transpose(-1, -2))[..., None, :, :]
-    p, inverse = (diagonal(fx, fy) @ v)[..., None, :, :], (inverse @ diagonal(over(fx), over(fy)))[..., None, :, :]
+        turn = towards(((column + 0.5) / w - 0.5) * reciprocal(fx), ((row + 0.5) / h - 0.5) * reciprocal(fy))
+        p, inverse = turn @ v, rigid_inverse(v) @ turn.transpose(-1, -2)  # (b f s 4 4)
+        return p[..., None, :, :], inverse[..., None, :, :]
+    p, inverse = diagonal(fx, fy) @ v, rigid_inverse(v) @ diagonal(reciprocal(fx), reciprocal(fy))
+    p, inverse = p[..., None, :, :], inverse[..., None, :, :]
     if kind == "frame":
         return p, inverse
     b, f, groups = *rows.shape[:2], dh // 4
-    there = v[:, :, :, None, 3:, 3:]  # 0 in a frame without a camera
-    patch = torch.cat([turns(column, groups // 4), turns(row, groups // 4)], 1)
-    patch = there * patch.expand(b, f, *patch.shape)
+    turn = torch.cat([rotations(column, groups // 4), rotations(row, groups // 4)], 1)  # (s g/2 4 4)
+    turn = has_camera[..., None, :, :] * turn.expand(b, f, *turn.shape)
     p, inverse = (x.expand(b, f, h * w, groups // 2, 4, 4) for x in (p, inverse))
-    return torch.cat([p, patch], 3), torch.cat([inverse, patch.transpose(-1, -2)], 3)
+    return torch.cat([p, turn], 3), torch.cat([inverse, turn.transpose(-1, -2)], 3)
 
 
 def multiply(m: Tensor, x: Tensor) -> Tensor:
@@ -107,3 +112,12 @@ def multiply(m: Tensor, x: Tensor) -> Tensor:
     """
     groups = rearrange(x, "b (f s) nh (g c) -> b f s nh g c", f=m.shape[1], c=4)
     return torch.einsum("bfsgij,bfsngj->bfsngi", m.to(x.dtype), groups).flatten(1, 2).flatten(-2)
+
+
+def seen_by(p: Tensor | None, attended: Tensor) -> Tensor:
+    """What attention gives, `b n 2nh dh`, with the second half of heads told in the coordinates of the frames that ask,
+    of matrices p; p None: there are no cameras, and nh heads."""
+    if p is None:
+        return attended
+    by_rope, by_camera = attended.chunk(2, dim=2)
+    return torch.cat([by_rope, multiply(p, by_camera)], dim=2)

@@ -130,6 +130,7 @@ class Config:
     dmd_steps: int = flag(200, "generator updates of a DMD stage", "dmd")
     dmd_lr: float = flag(4e-4, "learning rate of the generator", "dmd")
     critic_lr: float = flag(8e-4, "learning rate of the critic", "dmd")
+    critic_weight: str = setting("flat", "dmd")  # of the critic's loss, as bidirectional_weight
     critic_steps: int = flag(4, "critic updates per generator update", "dmd")
     dmd_betas: tuple = setting((0.0, 0.999), "dmd")  # AdamW's, of generator and critic
     dmd_ema: float = setting(0.95, "dmd")  # decay of the generator's averaged weights
@@ -251,7 +252,7 @@ WAN = dict(  # height and width are the family's
     prompt_dropout=0.0,  # CF, SF: no prompt is dropped; guidance leads away from the negative prompt
     lr_schedule="constant",  # CF, SF: no scheduler
     save_every=20,  # ours
-    # both teachers; `bidirectional` is Wan itself, which nobody trains again
+    # both teachers; `bidirectional` is Wan itself, which is only trained again to learn cameras
     bidirectional_lr=1e-5,  # ours
     teacher_forcing_steps=20_000,  # CF++
     teacher_forcing_lr=2e-6,  # CF: lr
@@ -282,11 +283,8 @@ RECIPES = {  # what the recipe of a world changes of Config's defaults, which ar
     "room": dict(
         world="room", out="runs/room", frames=16, height=16, width=24, batch=8, eval_clips=64,
         prompt_dropout=0.0, guidance=1.0,  # there are no words
-        bidirectional_weight="data", teacher_forcing_weight="data",
-        bidirectional_steps=5000, bidirectional_lr=2.5e-3,
-        teacher_forcing_steps=3000, teacher_forcing_lr=2e-3,
-        trajectory_steps=900,
-        dmd_steps=200,
+        bidirectional_weight="data", teacher_forcing_weight="data", critic_weight="data",
+        bidirectional_lr=2.5e-3, teacher_forcing_steps=3000, teacher_forcing_lr=2e-3,
     ),
 }
 
@@ -367,7 +365,8 @@ RANGES = [  # settings, minimum, maximum: beyond it is a slip of the hand, or wo
 CHOICES = {"size": SIZES, "teacher_size": ("", *SIZES), "stage": (*STAGES, "all", "evaluate"), "init": ("", *STAGES),
            "world": ("", *WORLDS), "bad_data": ("stop", "skip"), "precision": ("fp32", "bf16"),
            "lr_schedule": ("constant", "decay"), "sc_through": ("both", "direct", "composed"),
-           **dict.fromkeys(("bidirectional_weight", "teacher_forcing_weight"), ("flat", "bell", "data"))}
+           **dict.fromkeys(("bidirectional_weight", "teacher_forcing_weight", "critic_weight"),
+                           ("flat", "bell", "data"))}
 
 
 def option(name: str) -> str:
@@ -405,8 +404,8 @@ def check(cfg: Config, ranks: int = 1):
     c, teacher = SIZES[cfg.size], SIZES[cfg.teacher_size or cfg.size]
     need(cfg.teacher_size in ("", cfg.size) or cfg.teacher_out, "teacher_size teacher_out",
          "the folder of a run that trained a teacher of this size")
-    need((c.in_dim, c.text_dim, c.text_len) == (teacher.in_dim, teacher.text_dim, teacher.text_len),
-         "teacher_size size", "networks of the same latents and texts")
+    need(all(getattr(c, name) == getattr(teacher, name) for name in ("in_dim", "text_dim", "text_len", "row_width")),
+         "teacher_size size", "networks of the same latents, texts and rows")
     need(cfg.height % c.patch_size[1] == 0 and cfg.width % c.patch_size[2] == 0, "height width size",
          f"multiples of the patch, {c.patch_size[1]} x {c.patch_size[2]}")
     need(cfg.data or cfg.world and WORLDS[cfg.world].latent_shape == (c.in_dim, cfg.height, cfg.width),

@@ -80,14 +80,16 @@ def dmd_loss(x0: Tensor, text: Tensor, critic, teacher, t: Tensor, eps: Tensor, 
     return surrogate_loss(x0, grad), metrics
 
 
-def critic_loss(critic, x0: Tensor, text: Tensor, t: Tensor, eps: Tensor, **layout) -> tuple[Tensor, dict]:
-    """The critic learns the generator's distribution: flow matching on generated clips x0, detached.
+def critic_loss(critic, x0: Tensor, text: Tensor, t: Tensor, eps: Tensor, weight: Tensor | None = None,
+                **layout) -> tuple[Tensor, dict]:
+    """The critic learns the generator's distribution: flow matching on generated clips x0, detached. weight: `b f`.
 
     The metrics hold, for each quarter of [0, 1], how many clips had their t there and the sum of their errors: a loss
     that is one number hides at which t the critic lags behind.
     """
     v = critic(add_noise(x0.detach(), eps, t), t, text, **layout)
     error = (v - (eps - x0.detach())).float().square().flatten(1).mean(1)
+    error = error if weight is None else weight[:, 0] * error
     quarter = F.one_hot((4 * t[:, 0]).long().clamp(0, 3), 4).to(error)
     loss = error.mean()
     return loss, {"critic": loss.detach(), "critic_t_sum": error.detach() @ quarter, "critic_t_count": quarter.sum(0)}

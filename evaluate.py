@@ -1,9 +1,9 @@
 """Measure and draw what a run on a world left: every stage on the same prompts and noise.
 
 A row of the table is a finished stage, its weights (EMA or raw), a solver and a number of steps; its columns are the
-world's metrics (worlds/toy.py) and the semigroup defect. Students that make the whole clip at once are also asked, with
-their EMA weights, whether different numbers of steps lead from one noise to one clip (Salt Fig. 5), and how bright one
-jump leaves a noised real clip. All of it runs in one process, on whole networks.
+world's metrics (worlds/toy.py, worlds/room.py) and the semigroup defect. Students that make the whole clip at once are
+also asked, with their EMA weights, whether different numbers of steps lead from one noise to one clip (Salt Fig. 5),
+and how bright one jump leaves a noised real clip. All of it runs in one process, on whole networks.
 """
 
 import json
@@ -22,7 +22,7 @@ from cluster.files import metadata_of, replacing, write_text
 from config import STAGES, recorded
 from flowmap import add_noise, sample, schedule, squared_error, to_x0
 from model import SIZES, CausalWan
-from rollout import joined, rollout_with_prompts, stream
+from rollout import joined, rollout_with_prompts
 from sc_loss import path_defects
 from stage import frozen, guide, is_finished, load_finished, path_of, record_of, rollout, video_shape
 from wan21.weights import check_fit
@@ -71,18 +71,15 @@ def alike(a, b) -> bool:
 @torch.no_grad()
 def generate(cfg, stage, net, steps, labels, noise, solver="", given=None) -> Tensor:
     """Clips as this stage's model samples them. labels `b ...`; noise `b K f c h w` as in rollout.shared_noise. solver:
-    of a student that makes the whole clip at once; "": its own. given: true first frames `b n c h w`, n a multiple of
-    the chunk, which are continued."""
+    of a student that makes the whole clip at once; "": its own. given: true first frames `b n c h w` to continue; n is
+    a multiple of the chunk of a causal model."""
     text, how, grid = WORLDS[cfg.world].embed(labels).to(cfg.device), STAGES[stage], schedule(steps, cfg.shift)
     if not how.few_step:
         net, noise = guide(cfg, net, cfg.guidance), noise[:, :1]
-    if how.causal and given is not None:
-        return continued(cfg, stage, net, text, grid, noise, given)
-    if how.causal and how.few_step:
+    if how.causal and how.few_step and given is None:  # a first chunk with a grid of its own
         return joined(rollout(cfg, net, text, noise, steps))
     if how.causal:
-        return joined(stream(net, lambda i, k: noise[:, 0, i * cfg.chunk : (i + 1) * cfg.chunk], text, grid,
-                             num_chunks=cfg.frames // cfg.chunk, solver=how.solver))
+        return continued(cfg, net, text, grid, noise, given, how.solver)
     stride = max(1, noise.shape[1] // steps)  # the grids nest: equal timesteps get equal noise
 
     def velocity(x, t):
@@ -96,15 +93,15 @@ def generate(cfg, stage, net, steps, labels, noise, solver="", given=None) -> Te
     return x if given is None else torch.cat([given, x[:, given.shape[1]:]], 1)
 
 
-def continued(cfg, stage, net, text, grid, noise, given) -> Tensor:
-    """Clips of a causal model that begin with given frames."""
+def continued(cfg, net, text, grid, noise, given, solver) -> Tensor:
+    """Clips of a causal model that begin with given frames, or with none."""
     stride = max(1, noise.shape[1] // len(grid))
 
     def own(i, k):
         return noise[:, k * stride, i * cfg.chunk : (i + 1) * cfg.chunk]
 
-    made = rollout_with_prompts(net, own, [(0, text)], grid, chunk=cfg.chunk, frames=cfg.frames - given.shape[1],
-                                given=given, solver=STAGES[stage].solver)
+    frames = cfg.frames - (0 if given is None else given.shape[1])
+    made = rollout_with_prompts(net, own, [(0, text)], grid, chunk=cfg.chunk, frames=frames, given=given, solver=solver)
     return torch.cat(list(made), dim=1)
 
 
@@ -172,7 +169,7 @@ def evaluate(cfg, stage) -> list[dict]:
             x = torch.cat([generate(cfg, stage, net, steps, some, z, solver) for some, z in parts])
             nfe = steps if how.few_step or cfg.guidance == 1 else 2 * steps  # guidance runs the network twice
             seconds = time.time() - began
-            asked = ask(cfg, stage, net, steps, solver) if weights == "ema" else {}
+            asked = ask(cfg, stage, net, steps, solver, first=not rows) if weights == "ema" else {}
             rows.append(row(cfg, stage, weights, solver, steps, nfe, x, labels, seconds, metadata, defect, asked))
             if weights == "ema" and whole_clip_student(stage):
                 fewer = made.setdefault(solver, {})
@@ -184,10 +181,10 @@ def evaluate(cfg, stage) -> list[dict]:
 
 
 @torch.no_grad()
-def ask(cfg, stage, net, steps, solver) -> dict:
-    """What the world asks of a model beyond clips of its own: to continue true ones, and to jump from noise to each
-    frame behind its true past."""
-    world, n = WORLDS[cfg.world], min(64, cfg.eval_clips)
+def ask(cfg, stage, net, steps, solver, first: bool) -> dict:
+    """What the world asks of a model beyond clips of its own: to continue true ones, and, in the first row of a causal
+    model that makes frame by frame, to jump from noise to each frame behind its true past."""
+    world, n, jumps = WORLDS[cfg.world], min(64, cfg.eval_clips), first and STAGES[stage].causal and cfg.chunk == 1
 
     def make(labels, of, given=None):
         shape = max(cfg.mixed_steps), *video_shape(cfg)
@@ -199,7 +196,7 @@ def ask(cfg, stage, net, steps, solver) -> dict:
         eps = noises(range(n), video_shape(cfg), EVALUATE, cfg.eval_seed, 4).to(cfg.device)
         return to_x0(eps, net(eps, 1.0, text, chunk=cfg.chunk, clean=real), 1.0)
 
-    return world.ask(n, cfg.frames, cfg.chunk, make, jump if STAGES[stage].causal else None, cfg.eval_seed)
+    return world.ask(n, cfg.frames, cfg.chunk, make, jump if jumps else None, cfg.eval_seed)
 
 
 def whole_clip_student(stage) -> bool:

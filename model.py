@@ -75,7 +75,7 @@ class WanConfig:
     text_len: int = 512
     row_dim: int = 0  # numbers that the network is told of each frame, besides the text and the camera
     camera: str = ""  # how attention sees cameras, one of cameras.KINDS; "": there are none
-    predicts_x0: bool = False  # the head gives x_0, and v is (x_t - x_0) / t
+    predicts_x0: bool = False  # the head gives x_0, and v is (x_t - x_0) / max(t, T_MIN)
     eps: float = 1e-6
     window: int | None = None  # frames a frame may see, its own chunk included; None: all
     sink: int = 0  # of these, how many are the first frames of the clip
@@ -160,13 +160,18 @@ def rope_table(frames: tuple[int, ...], h: int, w: int, dh: int, device) -> Tens
     return torch.complex(angles.cos().float(), angles.sin().float())
 
 
-def rotate(x: Tensor, rope: Tensor, heads: int | None = None) -> Tensor:
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Rotary position embedding: turn each pair of neighbouring channels of x `b n nh dh`, a complex number, by its
-    angle. rope: exp(i angle), `n 1 dh/2`. heads: only the first so many; those after them are cameras' (Block)."""
-    if heads is not None and heads < x.shape[2]:
-        return torch.cat([rotate(x[:, :, :heads], rope), x[:, :, heads:]], dim=2)
+    angle. rope: exp(i angle), `n 1 dh/2`."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)
+
+
+def placed(x: Tensor, rope: Tensor | None, camera: Tensor | None) -> Tensor:
+    """Queries, keys or values x `b n nh dh` with their positions: turned by RoPE (None: values are not) and, where
+    there are cameras, in as many heads again multiplied by the cameras' matrices, `b f s g 4 4`."""
+    turned = x if rope is None else rotate(x, rope)
+    return turned if camera is None else torch.cat([turned, cameras.multiply(camera, x)], dim=2)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -175,7 +180,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Layouts: who sees whom. A layout is a function attend(layer, q, k, v) -> `b n nh dh`, q and k not yet rotated.
+# Layouts: who sees whom. A layout is a function attend(layer, q, k, v) of q, k, v without positions -> `b n nh dh`, with
+# cameras `b n 2nh dh`.
 
 def visible(past: int, chunk: int, window: int | None, sink: int) -> list[int]:
     """The past frames that a chunk sees: all of them, or the first `sink` and the last `window - sink - chunk`."""
@@ -186,6 +192,7 @@ def visible(past: int, chunk: int, window: int | None, sink: int) -> list[int]:
 
 class Cache:
     """The clean past of a rollout: per layer and frame its keys (before RoPE) and values `b s nh dh`, without gradient.
+    cameras: of each frame, `b 18`, where the network sees them.
 
     Frames are kept apart and joined where they are used, so a graph that waits for its backward shares them with the
     cache, and with all other chunks. frames: the positions of the frames held. `next_frame` counts the frames committed
@@ -198,6 +205,7 @@ class Cache:
         self.keys: list[list[Tensor]] = [[] for _ in range(num_layers)]
         self.values: list[list[Tensor]] = [[] for _ in range(num_layers)]
         self.frames: list[int] = []
+        self.cameras: list[Tensor] = []
         self.next_frame = 0
 
     def visible_frames(self, *chunks: int) -> list[list[int]]:
@@ -216,9 +224,9 @@ class Cache:
         """Of the frames held, and of so many new ones."""
         return [*self.frames, *range(self.next_frame, self.next_frame + new)]
 
-    def write(self, keys: list[Tensor], values: list[Tensor], frames: int):
-        """Add a chunk of `frames` frames, per layer `b (f s) nh dh`; forget what it did not see, so that memory stays
-        flat."""
+    def write(self, keys: list[Tensor], values: list[Tensor], frames: int, cameras: Tensor | None = None):
+        """Add a chunk of `frames` frames, per layer `b (f s) nh dh`, cameras `b f 18`; forget what it did not see, so
+        that memory stays flat."""
         (keep,) = self.visible_frames(frames)
 
         def kept(held, new):
@@ -228,6 +236,7 @@ class Cache:
         self.keys = [kept(held, k.chunk(frames, dim=1)) for held, k in zip(self.keys, keys)]
         self.values = [kept(held, v.chunk(frames, dim=1)) for held, v in zip(self.values, values)]
         self.frames = kept(self.frames, range(self.next_frame, self.next_frame + frames))
+        self.cameras = [] if cameras is None else kept(self.cameras, cameras.unbind(1))
         self.next_frame += frames
 
 
@@ -273,32 +282,23 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), nn.GELU("tanh"), nn.Linear(c.ffn_dim, c.dim))
         self.modulation = nn.Parameter(torch.empty(1, 6, c.dim))
 
-    def forward(self, x, time, text, camera, attend):
-        """x `b (f s) d`, time `b f 6 d`, text `b l d`; camera: P and P^-1 as cameras.matrices gives them, or None;
-        attend(q, k, v) is this layer's layout."""
-        return self.after(x, attend(*self.before(x, time, camera)), time, text, camera)
+    def forward(self, x, time, text, attend):
+        """x `b (f s) d`, time `b f 6 d`, text `b l d`; attend(q, k, v) is this layer's layout."""
+        return self.after(x, attend(*self.before(x, time)), time, text)
 
-    def before(self, x, time, camera):
-        """Queries, keys and values of self-attention, with cameras those of twice as many heads: in the second half
-        each frame's own, P^T q, P^-1 k, P^-1 v. It is apart from `after` so that both can be compiled whole."""
+    def before(self, x, time):
+        """Queries, keys and values of self-attention. It is apart from `after` so that both can be compiled whole."""
         shift, scale = (self.modulation[:, None] + time)[:, :, :2].unbind(2)  # (b f d)
         y = modulate(self.norm1(x), shift, scale)
-        qkv = self.self_attn.qkv(y, y)
-        if camera is None:
-            return qkv
-        p, inverse = camera
-        return tuple(torch.cat([z, cameras.multiply(m, z)], dim=2)
-                     for m, z in zip((p.transpose(-1, -2), inverse, inverse), qkv))
+        return self.self_attn.qkv(y, y)
 
-    def after(self, x, attended, time, text, camera):
+    def after(self, x, attended, time, text):
         """All that follows self-attention. attended `b (f s) nh dh`, with cameras twice as many heads."""
         gate1, shift, scale, gate2 = (self.modulation[:, None] + time)[:, :, 2:].unbind(2)
-        if camera is None:
-            y = self.self_attn.o(attended.flatten(2))
-        else:
-            by_rope, by_camera = attended.chunk(2, dim=2)
-            y = self.self_attn.o(by_rope.flatten(2))
-            y = y + self.self_attn.prope_o(cameras.multiply(camera[0], by_camera).flatten(2))
+        by_rope, *by_camera = attended.split(self.self_attn.num_heads, dim=2)
+        y = self.self_attn.o(by_rope.flatten(2))
+        if by_camera:
+            y = y + self.self_attn.prope_o(by_camera[0].flatten(2))
         x = gated(x, y, gate1)
         x = x + self.cross_attn.o(attention(*self.cross_attn.qkv(self.norm3(x), text)).flatten(2))
         return gated(x, self.ffn(modulate(self.norm2(x), shift, scale)), gate2)
@@ -395,21 +395,19 @@ class CausalWan(nn.Module):
             words, rows = words_and_rows(twice(text))
 
         written, to_write = [], f * h * w if commit else before * h * w
+        camera = rows[..., c.row_dim:] if c.sees_cameras else None
         if cache is not None:
-            layout = self._cached(cache, (before, f) if before else (f,), h, w, x.device)
+            layout = self._cached(cache, (before, f) if before else (f,), h, w, x.device, camera)
         elif chunk is not None:
-            layout = self._chunked(f, chunk, h, w, x.device, two_streams=clean is not None)
+            layout = self._chunked(f, chunk, h, w, x.device, camera, two_streams=clean is not None)
         else:
-            layout = self._bidirectional(f, h, w, x.device)
+            layout = self._bidirectional(f, h, w, x.device, camera)
 
         dtype, tokens = self.patch_embedding.weight.dtype, rearrange(x, "b f c h w -> b c f h w")
         tokens = rearrange(self.patch_embedding(tokens.to(dtype)), "b d f h w -> b (f h w) d")
         time = self.time_embedding(sinusoid(t, c.freq_dim).to(dtype))  # (b f d)
-        camera = None
         if c.row_dim:
             time = time + self.row_embedding(rows[..., :c.row_dim].to(dtype))
-        if c.sees_cameras:
-            camera = cameras.matrices(c.camera, rows[..., c.row_dim:], h, w, c.dim // c.num_heads)
         time6 = self.time_projection(time).unflatten(-1, (6, -1))  # (b f 6 d)
         text = self.text_embedding(words.to(dtype))
         for layer, block in enumerate(self.blocks[:num_blocks]):
@@ -419,12 +417,12 @@ class CausalWan(nn.Module):
                     written.append([z.clone() for z in own] if before else list(own))  # keep no slice of both chunks
                 return layout(layer, q, k, v)
             if self.checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, time6, text, camera, attend, use_reentrant=False,
-                                    preserve_rng_state=False)
+                tokens = checkpoint(block, tokens, time6, text, attend, use_reentrant=False, preserve_rng_state=False)
             else:
-                tokens = block(tokens, time6, text, camera, attend)
+                tokens = block(tokens, time6, text, attend)
         if to_write:
-            cache.write([k for k, _ in written], [v for _, v in written], before or f)
+            n = before or f
+            cache.write([k for k, _ in written], [v for _, v in written], n, None if camera is None else camera[:, :n])
         if before:
             tokens, time = tokens[:, to_write:], time[:, before:]
         elif clean is not None:
@@ -452,17 +450,30 @@ class CausalWan(nn.Module):
     def _rope(self, frames, h, w, device):
         return rope_table(tuple(frames), h, w, self.config.dim // self.config.num_heads, device)
 
-    def _bidirectional(self, f, h, w, device):
-        rope, nh = self._rope(range(f), h, w, device), self.config.num_heads
-        return lambda layer, q, k, v: attention(rotate(q, rope, nh), rotate(k, rope, nh), v)
+    def _cameras(self, rows, h, w, asking):
+        """Of rows `b f 18`: P^T and P of the last frames, so many ask, for q and the output; P^-1 of all, for k and v.
+        """
+        if rows is None:
+            return None, None, None
+        p, inverse = cameras.matrices(self.config.camera, rows, h, w, self.config.dim // self.config.num_heads)
+        return p[:, -asking:].transpose(-1, -2), inverse, p[:, -asking:]
 
-    def _chunked(self, f, chunk, h, w, device, two_streams):
+    def _bidirectional(self, f, h, w, device, camera):
+        rope, (of_q, of_kv, of_out) = self._rope(range(f), h, w, device), self._cameras(camera, h, w, f)
+
+        def attend(layer, q, k, v):
+            out = attention(placed(q, rope, of_q), placed(k, rope, of_kv), placed(v, None, of_kv))
+            return cameras.seen_by(of_out, out)
+
+        return attend
+
+    def _chunked(self, f, chunk, h, w, device, camera, two_streams):
         """Chunk by chunk on [past | own]. With two streams on the batch axis both see the past of the clean one."""
-        rope, s, nh = self._rope(range(f), h, w, device), h * w, self.config.num_heads
+        rope, s, (of_q, of_kv, of_out) = self._rope(range(f), h, w, device), h * w, self._cameras(camera, h, w, f)
         sees = [visible(start, chunk, self.config.window, self.config.sink) for start in range(0, f, chunk)]
 
         def attend(layer, q, k, v):
-            q, k = rotate(q, rope, nh), rotate(k, rope, nh)
+            q, k, v = placed(q, rope, of_q), placed(k, rope, of_kv), placed(v, None, of_kv)
             q, k, v = (z.split(s, dim=1) for z in (q, k, v))  # per frame; split, unlike slicing, has a cheap backward
             past_k, past_v = k, v
             if two_streams:
@@ -473,17 +484,21 @@ class CausalWan(nn.Module):
                 ks = torch.cat([past_k[j] for j in seen] + [k[j] for j in own], dim=1)
                 vs = torch.cat([past_v[j] for j in seen] + [v[j] for j in own], dim=1)
                 out.append(attention(torch.cat([q[j] for j in own], dim=1), ks, vs))
-            return torch.cat(out, dim=1)
+            return cameras.seen_by(of_out, torch.cat(out, dim=1))
 
         return attend
 
-    def _cached(self, cache, chunks, h, w, device):
+    def _cached(self, cache, chunks, h, w, device, camera):
         """A chunk on [past | own]. Of two chunks, the first is past to the second, and carries no gradient."""
-        s, earlier, positions, nh = h * w, sum(chunks[:-1]), cache.positions(sum(chunks)), self.config.num_heads
+        s, earlier, positions = h * w, sum(chunks[:-1]), cache.positions(sum(chunks))
         frames_seen, tokens = cache.visible_frames(*chunks), [n * s for n in chunks]
         keys, values = cache.keys, cache.values  # as they are now: a backward recomputes when the cache holds more
         ropes = [self._rope(range(len(seen)) if cache.relative else [positions[i] for i in seen], h, w, device)
                  for seen in frames_seen]
+        if camera is not None:
+            camera = torch.cat([*(of[:, None] for of in cache.cameras), camera], dim=1)
+        of_each = [self._cameras(None if camera is None else camera[:, seen], h, w, n)
+                   for n, seen in zip(chunks, frames_seen)]
 
         def past(held, new):
             new = new.split(s, dim=1)
@@ -491,9 +506,10 @@ class CausalWan(nn.Module):
 
         def attend(layer, q, k, v):
             out, ks, vs = [], past(keys[layer], k), past(values[layer], v)
-            for own, seen, rope in zip(q.split(tokens, dim=1), frames_seen, ropes):
+            for own, seen, rope, (of_q, of_kv, of_out) in zip(q.split(tokens, dim=1), frames_seen, ropes, of_each):
                 k, v = (torch.cat([z[i] for i in seen], dim=1) for z in (ks, vs))
-                out.append(attention(rotate(own, rope[-own.shape[1]:], nh), rotate(k, rope, nh), v))
+                own = placed(own, rope[-own.shape[1]:], of_q)
+                out.append(cameras.seen_by(of_out, attention(own, placed(k, rope, of_kv), placed(v, None, of_kv))))
             return torch.cat(out, dim=1)
 
         return attend

@@ -181,7 +181,8 @@ def salt(cfg, start) -> Training:
         with torch.no_grad():
             x0 = joined(rollout(cfg, net, text, noise, k, exit_step, first_exit))
         t = draw.mine(score_times(cfg.batch, cfg.frames, cfg.score_shift, draw.g))
-        return critic_loss(critic, x0, text, t, draw.noise_like(x0, RENOISE))
+        weight = loss_weight(cfg.critic_weight, t, cfg.score_shift)
+        return critic_loss(critic, x0, text, t, draw.noise_like(x0, RENOISE), weight)
 
     return alternate(cfg, net, ema, critic, generator_step, critic_step)
 

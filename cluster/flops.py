@@ -40,12 +40,13 @@ def forward_flops(c, shape, chunk=None, clean=None, cache=None, commit=False, nu
     s = (height // c.patch_size[1]) * (width // c.patch_size[2])  # tokens of a frame
     patch = c.in_dim * c.patch_size[0] * c.patch_size[1] * c.patch_size[2]
     head = f * s * c.dim * patch if num_blocks is None else 0
-    frame_pairs, streams = f * f, 1
+    frame_pairs, streams, keys = f * f, 1, f  # keys: frames whose keys are put in their place
     if chunk is not None:
         frame_pairs = sum(chunk * (chunk + len(visible(i, chunk, c.window, c.sink))) for i in range(0, f, chunk))
     if cache is not None:
         chunks = (f,) if clean is None else (clean.shape[1], f)
-        frame_pairs, f = sum(n * len(seen) for n, seen in zip(chunks, cache.visible_frames(*chunks))), sum(chunks)
+        seen = [len(frames) for frames in cache.visible_frames(*chunks)]
+        frame_pairs, keys, f = sum(n * m for n, m in zip(chunks, seen)), sum(seen), sum(chunks)
     elif clean is not None:
         streams = 2  # of which only the noisy one meets the head
     layers = c.num_layers if num_blocks is None else num_blocks
@@ -53,9 +54,9 @@ def forward_flops(c, shape, chunk=None, clean=None, cache=None, commit=False, nu
     linear = tokens * (6 * d * d + 2 * d * c.ffn_dim) + c.text_len * 2 * d * d  # q k v o, q o, ffn; k v of the text
     attention = 2 * d * (frame_pairs * s * s + tokens * c.text_len)
     embeddings = tokens * d * patch + f * d * (c.freq_dim + c.row_dim + 7 * d) + c.text_len * d * (c.text_dim + d)
-    if c.sees_cameras:  # prope_o, the matrices on q k v o, and as many heads again; once, P and P^-1 themselves
-        linear, attention = linear + tokens * (d * d + 16 * d), attention + 2 * d * frame_pairs * s * s
-        embeddings += 9 * f + 128 * (tokens if c.camera == "ray" else f)
+    if c.sees_cameras:  # prope_o, the matrices on q and o, k and v, and as many heads again; P and P^-1 are nothing
+        linear += tokens * d * d + 8 * d * (f + keys) * s
+        attention += 2 * d * frame_pairs * s * s
     return 2.0 * b * (streams * (layers * (linear + attention) + embeddings) + head)
 
 

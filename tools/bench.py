@@ -3,6 +3,7 @@ and text encoder. A finished chunk is committed to the cache in one forward with
 or in a forward of its own ("apart").
 
     python -m tools.bench --out results/rollout_toy_cpu.json
+    python -m tools.bench --size room
     python -m tools.bench --size wan1.3b --device cuda --out results/rollout_wan1.3b.json
     python -m tools.bench --size wan1.3b --device cuda --compile
 
@@ -19,13 +20,14 @@ from pathlib import Path
 import torch
 
 from cluster.files import read_json, run_command, write_json
+from flowmap import Condition
 from model import SIZES, CausalWan, check_device
 from rollout import grids, stream
 from wan21.families import FAMILIES
 from worlds.draws import noises
 
-# chunk, steps, latent frames, window: of a world that is drawn, of real video
-TOY = [(1, steps, 48, 8) for steps in (1, 2, 4)]
+# chunk, steps, latent frames, window (None: the frames of training): of a world that is drawn, of real video
+TOY = [(1, steps, 48, None) for steps in (1, 2, 4)]
 WAN = [(1, 1, 21, 21), (1, 2, 21, 21), (1, 4, 21, 21), (3, 4, 21, 21), (3, 4, 120, 21)]
 
 
@@ -47,6 +49,8 @@ def rollout(net, shape, chunk, steps, frames, window, fused) -> tuple[dict, torc
     """One rollout of one clip: its measurements, and the last chunk."""
     c, device = net.config, next(net.parameters()).device
     text = noises([0], (c.text_len, c.text_dim), 1).to(device)
+    if c.row_width:
+        text = Condition(text, noises([0], (frames, c.row_width), 2).to(device))
     grid, first_grid = grids(steps, 5.0, 4)
     cache, cuda = net.new_cache(window=window, sink=1, relative=True), device.type == "cuda"
     if cuda:
@@ -97,6 +101,7 @@ def main(args) -> list[dict]:
         net.compile_blocks()
     shape, rows = (config.in_dim, args.height, args.width), []
     for chunk, steps, frames, window in TOY if family.world else WAN:
+        window = window or family.sampling["frames"]
         measured, last = {"fused": [], "apart": []}, {}
         for _ in range(1 + args.rounds):
             for way, runs in measured.items():

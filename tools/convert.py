@@ -66,9 +66,9 @@ def main(argv=None) -> None:
     size = args.size or found.get("size") or weights.size_of(tensors, args.src)
     given, tensors = tensors, weights.with_cameras(SIZES[size], tensors)
     adds_cameras = tensors.keys() != given.keys()
-    if adds_cameras and args.stage != "bidirectional":
-        raise ValueError(f"got {args.src} without cameras and --stage {args.stage}, expected --stage bidirectional: "
-                         "train it with cameras first, then the other stages")
+    if adds_cameras and (args.stage != "bidirectional" or found.get("causal")):
+        raise ValueError(f"got {args.src} of stage {found.get('stage', args.stage)} without cameras, expected a "
+                         "bidirectional model: train it with cameras first, then the other stages")
     weights.check_fit(SIZES[size], tensors, args.src)
     check_finite(tensors, args.src)
     metadata = record(args, size) | {"source": {"path": str(args.src), **found}}

@@ -128,7 +128,6 @@ def dry_run(cfg, stage) -> Needs:
             mock.patch("stage.all_finite", lambda metrics: True), live:
         training.update(late_exit(dry, stage))
 
-    c = SIZES[cfg.size]
     low = 2 if cfg.precision == "bf16" else 4  # bytes; the dry run computes, and has its gradients, in this precision
     kept_fp32 = [net for net in nets if any(net is x for x in training.nets.values())]
     return Needs(
@@ -137,7 +136,7 @@ def dry_run(cfg, stage) -> Needs:
         gathered=low * (sum(map(size, nets)) if not cfg.reshard_after_forward else max(map(at_a_time, nets))),
         activations=live.peak,
         gradients=(live.peak_with - live.peak) * 4 // low,
-        cache=STAGES[stage].windowed * (1 + c.sees_cameras) * 2 * low * c.num_layers * c.dim
+        cache=STAGES[stage].windowed * 2 * low * SIZES[cfg.size].num_layers * SIZES[cfg.size].dim
         * flops.tokens_of_clip(cfg),
         flops=cfg.batch * (flops.done - before + (cfg.critic_steps - 1) * of_critic[-1]),
     )

@@ -14,6 +14,7 @@ a .npz or .safetensors with
 
     viewmats    n 4 4          world to camera, by OpenCV's axes (x right, y down, z forward); any world's coordinates
     Ks          n 3 3 or 3 3   focal lengths, in units of the width and height of the video's own frames
+    fps         (if you like)  how many of these frames make a second; a file of another --fps is then refused
 
 for each of the frames that are taken, at --fps. A latent frame gets the camera of the last of its frames: latent frame
 i that of frame 4 i. Poses are written relative to the first, and focal lengths corrected for what is cut off. The unit
@@ -21,7 +22,7 @@ of length stays: worlds/latent_folder.py says which one to choose.
 
 The list of clips is cut into shards of --shard clips once, and kept in prepare.json together with the settings:
 
-    00000.safetensors, ...     a shard of a LatentFolder, bf16
+    00000.safetensors, ...     a shard of a LatentFolder, bf16 (cameras: float32)
     00000.skipped.json, ...    the clips of the shard that were skipped, and why; the shard holds only the others
     null.safetensors           the negative prompt's embedding, what guidance leads away from
     empty.safetensors          the empty prompt's, for --prompt-dropout
@@ -156,14 +157,15 @@ def load(args, clip) -> tuple[np.ndarray, dict[str, Tensor]]:
         return frames, {}
     h, w = video.read(path, frames=1).shape[1:3]
     scale = max(args.height / h, args.width / w)  # by which frames grow to cover what is cut out of them
-    viewmats, Ks = read_cameras(args.videos / clip[2], args.frames)
+    viewmats, Ks = read_cameras(args.videos / clip[2], args.frames, args.fps)
     return frames, {"viewmats": viewmats, "Ks": cut(Ks, w * scale / args.width, h * scale / args.height)}
 
 
-def read_cameras(path: Path, frames: int) -> tuple[Tensor, Tensor]:
+def read_cameras(path: Path, frames: int, fps: float) -> tuple[Tensor, Tensor]:
     """viewmats `f 4 4`, relative to the first, and Ks `f 3 3`, float32, of the latent frames of a clip of so many
-    frames, from a file with those of every frame. BadCameras, naming the file, if they are too few, or none."""
-    with reading(path, f"viewmats and Ks of {frames} frames, see tools/prepare.py", Exception, error=BadCameras):
+    frames, from a file with those of every frame. BadCameras, naming the file, if they are too few, none, or of another
+    number of frames a second, where it has its `fps`."""
+    with reading(path, f"viewmats and Ks of {frames} frames, {fps:g} a second, see tools/prepare.py", Exception, error=BadCameras):
         if path.suffix == ".safetensors":
             held = load_file(path)
         else:
@@ -173,6 +175,8 @@ def read_cameras(path: Path, frames: int) -> tuple[Tensor, Tensor]:
         Ks = Ks.expand(len(viewmats), 3, 3) if Ks.ndim == 2 else Ks
         if len(viewmats) < frames or len(Ks) < frames:
             raise ValueError(f"it has cameras of {len(viewmats)} frames")
+        if "fps" in held and float(held["fps"]) != fps:
+            raise ValueError(f"its cameras are those of {float(held['fps']):g} frames a second")
         viewmats, Ks = viewmats[:frames], Ks[:frames]
         if not (viewmats.isfinite().all() and Ks.isfinite().all()):
             raise ValueError("it has non-finite values")

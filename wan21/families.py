@@ -79,7 +79,8 @@ FAMILIES = {
     "room": Family(world="room", pixels_per_latent=1, pixel_multiple=1, frames_per_latent=1, fps=5, sampling=ROOM,
                    student_steps=2),
     "wan2.1": Family(world="", pixels_per_latent=8, pixel_multiple=16, frames_per_latent=4, fps=16, sampling=WAN21,
-                     sampling_of_size=dict.fromkeys(("wan1.3b", "wan1.3b_camera"), dict(shift=8.0, guidance=6.0)),  # its README
+                     # README of Wan2.1-T2V-1.3B
+                     sampling_of_size=dict.fromkeys(("wan1.3b", "wan1.3b_camera"), dict(shift=8.0, guidance=6.0)),
                      student_steps=4, vae_channels=16, vae_file="Wan2.1_VAE.pth", rgb=WAN21_RGB,
                      rgb_bias=WAN21_RGB_BIAS),
     "wan2.2": Family(world="", pixels_per_latent=16, pixel_multiple=32, frames_per_latent=4, fps=24, sampling=WAN22,

@@ -37,7 +37,7 @@ def trained_for(metadata: dict, size: str) -> dict:
     family, layout = FAMILIES[SIZES[size].family], metadata["layout"]
     if layout == "pt":
         return family.published(size, student=True) | {"world": family.world}
-    if layout != "own" or metadata.get("stage") == "bidirectional" and "source" in metadata:  # converted ones, too
+    if layout != "own" or metadata.get("stage") in ("bidirectional", "start") and "source" in metadata:  # converted
         return family.published(size) | {"world": family.world}
     c = metadata.get("config")
     if not {"stage", "causal", "few_step", "solver"} <= metadata.keys() or not isinstance(c, dict) or not all(

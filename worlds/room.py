@@ -41,7 +41,7 @@ from torch.nn.functional import one_hot
 
 from cameras import row_of
 from flowmap import Condition
-from worlds.draws import WORLD, generator
+from worlds.draws import EVALUATE, WORLD, generator
 from worlds.toy import enlarged, mean_and_contrast
 
 H, W, RAYS = 16, 24, 3  # rows, columns, rays of a column, which are averaged
@@ -374,8 +374,7 @@ class Room:
 
     @torch.no_grad()
     def measure(self, x: Tensor, labels: Tensor) -> dict:
-        """The metrics of one clip in this file's docstring, floats, `drift`, the render error of the last frame over
-        that of the third, and `render_error_by_frame`, a list of f.
+        """The metrics of one clip in this file's docstring, floats, and `render_error_by_frame`, a list of f.
 
         x: generated clips `b f 3 H W`; labels `b 11+f`. Raises ValueError on clips that are not finite.
         """
@@ -391,7 +390,6 @@ class Room:
             "validity": best.mean().item(),
             "wall_variety": entropy(walls[walls >= 0], 6),
             "pillar_variety": entropy(places[places >= 0], 4),
-            "drift": (by_frame[-1] / by_frame[min(2, len(by_frame) - 1)].clamp(min=1e-9)).item(),
             "render_error_by_frame": by_frame.tolist(),
             **self.light(x),
         }
@@ -401,24 +399,25 @@ class Room:
         """What clips of random walks do not tell: memory_error, return_error, variety, and of a causal model
         determined_errors, on n clips.
 
-        make(labels, of, given) -> clips `n f 3 H W` that begin with given frames (or None), from noise number `of`;
-        jump(labels, real) -> each frame in one jump from noise, behind its true past, or None. seed: of the rooms.
+        make(labels, noise_number, given) -> clips `n f 3 H W` that begin with given frames (or None); jump(labels,
+        real) -> each frame in one jump from noise, behind its true past, or None. seed: of the rooms. A number is nan
+        where nothing is to be known, in clips of few frames.
         """
-        labels = self.draw_labels(n, frames, generator(WORLD, seed))
+        labels = self.draw_labels(n, frames, generator(EVALUATE, seed, 5))
 
-        def walked(prompt, given, *of):
-            path = commanded(labels, prompt)
+        def along(actions, num_given, *noise_numbers):
+            path = commanded(labels, " ".join(actions))
             rooms, poses, _ = read(path)
-            real = render(rooms, poses)
-            return rooms, poses, [make(path, i, real[:, :given] if given else None).float().cpu() for i in of]
+            given = render(rooms, poses)[:, :num_given] if num_given else None
+            return rooms, poses, [make(path, i, given).float().cpu() for i in noise_numbers]
 
         away = (frames - 2) // 2
         there_and_back = away * ["left"] + away * ["right"] + (frames - 1 - 2 * away) * ["none"]
-        _, _, (back,) = walked(" ".join(there_and_back), 0, 0)
-        around, whole = " ".join((frames - 1) * ["left"]), min(TURNS, frames - chunk) // chunk * chunk
-        rooms, poses, (turned,) = walked(around, whole, 1)
+        _, _, (back,) = along(there_and_back, 0, 0)
+        around, whole = (frames - 1) * ["left"], min(TURNS, frames - chunk) // chunk * chunk
+        rooms, poses, (turned,) = along(around, whole, 1)
         asked = {"return_error": return_error(back, away), "memory_error": memory_error(turned, rooms, poses, whole)}
-        rooms, poses, two = walked(around, chunk, 2, 3)
+        rooms, poses, two = along(around, chunk, 2, 3)
         asked["variety"] = variety(torch.stack([nearest_rooms(x, poses)[0] for x in two]), poses, chunk)
         if jump:
             rooms, poses, _ = read(labels)

@@ -147,6 +147,7 @@ def test_a_ray_is_a_camera_turned_to_the_middle_of_its_patch():
                        torch.ones(2, 3, h * w)], -1)
     ray = far * ray / ray.norm(dim=-1, keepdim=True)
     v = rows[..., :16].unflatten(-1, (4, 4))[:, :, None]
+    v = v @ torch.linalg.inv(v[:, -1:])  # the last frame's camera is the origin
     world = torch.linalg.inv(v) @ torch.cat([ray, torch.ones(2, 3, h * w, 1)], -1)[..., None]
     close((p[..., 0, :, :] @ world)[..., 0], torch.tensor([0, 0, far, 1]).expand(2, 3, h * w, 4))
     turn = (p[..., 0, :, :] @ torch.linalg.inv(v))[..., :3, :3]
@@ -157,11 +158,22 @@ def test_a_ray_is_a_camera_turned_to_the_middle_of_its_patch():
     p, _ = matrices("ray", row_of(*camera_of(pose))[None, None], h, w, 16)
     for column in range(w):  # the room's field of view is 90 degrees; a heading grows to the left
         heading = pose - torch.tensor([0, 0, math.atan(2 * ((column + 0.5) / w - 0.5))])
-        close(p[0, 0, w + column, 0], camera_of(heading)[0])
+        close(p[0, 0, w + column, 0] @ camera_of(pose)[0], camera_of(heading)[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What cameras mean
+
+@pytest.mark.parametrize("kind", SEEN)
+@torch.no_grad()
+def test_a_walk_may_lead_far_away(seeing, kind):
+    """Bug: absolute positions that bf16 rounds: far from the start, small steps would be lost."""
+    net, (x, t, told, clean), by = seeing(kind).bfloat16(), inputs(), torch.eye(4)
+    by[:3, 3] = torch.tensor([50.0, -30, 200])
+    for layout in LAYOUTS:
+        near, far = (forward(net, layout, x, t, of, clean) for of in (told, moved(told, slice(None), by)))
+        close(far, near, 0.02)
+
 
 @pytest.mark.parametrize("kind", SEEN)
 @torch.no_grad()

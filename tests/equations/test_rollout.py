@@ -210,7 +210,7 @@ def recomputed(net, clean, x, t, text, chunk, window, sink, relative):
     text = net.text_embedding(text)
     for block in net.blocks:
         time6 = [net.time_projection(e).unflatten(-1, (6, -1)) for e in time]
-        q, k, v = zip(*[block.before(z, e, None) for z, e in zip(tokens, time6)])
+        q, k, v = zip(*[block.before(z, e) for z, e in zip(tokens, time6)])
         k, v = torch.cat(k, 1).split(s, 1), torch.cat(v, 1).split(s, 1)  # frame by frame
         for i, z in enumerate(tokens):
             sees = frames_seen(i * chunk, chunk, window, sink) + list(range(i * chunk, (i + 1) * chunk))
@@ -218,7 +218,7 @@ def recomputed(net, clean, x, t, text, chunk, window, sink, relative):
             keys = turned(torch.cat([k[j] for j in sees], 1), positions)
             weights = torch.einsum("bnhd,bmhd->bhnm", turned(q[i], positions[-chunk:]), keys) / dh**0.5
             attended = torch.einsum("bhnm,bmhd->bnhd", weights.softmax(-1), torch.cat([v[j] for j in sees], 1))
-            tokens[i] = block.after(z, attended, time6[i], text, None)
+            tokens[i] = block.after(z, attended, time6[i], text)
     v = net.head(tokens[-1], time[-1]).unflatten(1, (chunk, h // 2, w // 2)).unflatten(-1, (2, 2, -1))
     return v.permute(0, 1, 6, 2, 4, 3, 5).flatten(3, 4).flatten(4, 5)
 

@@ -461,18 +461,20 @@ def test_bad_cameras_are_named_counted_and_left_out(tmp_path, capsys):
         clip(films, name, 10 * i)
         write_cameras(films / f"{name}.npz", *change(viewmats, Ks))
         rows.append((name, f"clip {i:03d}", f"{name}.npz"))
-    for name, cameras in (("broken", "broken.npz"), ("other", "other.safetensors"), ("none", ""), ("lost", "lost.npz")):
+    for name, cameras in (("broken", "broken.npz"), ("other", "other.safetensors"), ("none", ""), ("lost", "lost.npz"),
+                          ("rate", "rate.npz")):
         clip(films, name, 10)
         rows.append((name, "a", cameras))
     (films / "broken.npz").write_text("no cameras")
     save_file({"viewmats": viewmats}, films / "other.safetensors")
+    np.savez(films / "rate.npz", viewmats=viewmats.repeat(2, 1, 1).numpy(), Ks=Ks.numpy(), fps=30)
     counts = prepared(films, walked(tmp_path / "a.csv", rows), tmp_path / "out", encode_clip, encode_text, **HOW)
-    assert counts == {"clips": 1, "bad cameras": 9} and set(pairs(tmp_path / "out")) == {"clip 000"}
+    assert counts == {"clips": 1, "bad cameras": 10} and set(pairs(tmp_path / "out")) == {"clip 000"}
     err = capsys.readouterr().err
     assert "1 x video without cameras: none" in err and "1 x file of cameras that is not there: lost" in err
     for line in ("few: got .*few.npz, .* cameras of 4 frames", "few_Ks: .*", "scaled: .*not rigid", "pixels: .*focal",
                  "transposed: .*not rigid", "nan: .*non-finite", "row: .*shapes .*5, 3, 4", "broken: .*broken.npz",
-                 "other: .*Ks"):
+                 "other: .*Ks", "rate: .* 30 frames a second"):
         assert re.search(rf"skipped \(bad cameras\): {line}", err), line
 
 

@@ -418,7 +418,7 @@ def test_a_stage_starts_from_them(tmp_path, tiny_camera):
     weights = random_weights(SIZES["wan1.3b"])
     wan21.weights.write_official(tmp_path / "wan", weights, SIZES["wan1.3b"])
     to = [str(tmp_path / "wan"), str(tmp_path / "run"), "--size", "wan1.3b_camera", *MORE]
-    with pytest.raises(ValueError, match="--stage teacher_forcing, expected --stage bidirectional"):
+    with pytest.raises(ValueError, match="teacher_forcing without cameras, expected a bidirectional"):
         convert.main([*to, "--stage", "teacher_forcing"])
     convert.main(to)
     flags = ["--size", "wan1.3b_camera", "--data", "random", "--out", str(tmp_path / "run"), *MORE]
