@@ -121,3 +121,20 @@ def seen_by(p: Tensor | None, attended: Tensor) -> Tensor:
         return attended
     by_rope, by_camera = attended.chunk(2, dim=2)
     return torch.cat([by_rope, multiply(p, by_camera)], dim=2)
+
+
+def covering(rows: Tensor, keep: int, recent: int = 2) -> list[int]:
+    """Which `keep` of the frames of rows `b f 18` to remember, so that they cover the poses seen: again and again, that
+    frame is forgotten which an older one shows best. The first frame and the `recent` last ones stay.
+
+    The distance of two cameras is that of their positions plus 1 - cos of the angle between their axes z, on average
+    over the clips.
+    """
+    v = rows[..., :16].float().unflatten(-1, (4, 4))
+    position, axis = rigid_inverse(v)[..., :3, 3], v[..., 2, :3]
+    distance = (torch.cdist(position, position) + 1 - axis @ axis.transpose(-1, -2)).mean(0).tolist()
+    kept = list(range(rows.shape[1]))
+    while len(kept) > keep:
+        old = kept[:-recent]
+        kept.remove(min(old[1:], key=lambda i: min(distance[i][j] for j in old if j < i)))
+    return kept

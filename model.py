@@ -180,8 +180,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Layouts: who sees whom. A layout is a function attend(layer, q, k, v) of q, k, v without positions -> `b n nh dh`, with
-# cameras `b n 2nh dh`.
+# Layouts: who sees whom. A layout is a function attend(layer, q, k, v) -> `b n nh dh`, or `b n 2nh dh` with cameras, of
+# q, k and v without positions.
 
 def visible(past: int, chunk: int, window: int | None, sink: int) -> list[int]:
     """The past frames that a chunk sees: all of them, or the first `sink` and the last `window - sink - chunk`."""
@@ -192,29 +192,33 @@ def visible(past: int, chunk: int, window: int | None, sink: int) -> list[int]:
 
 class Cache:
     """The clean past of a rollout: per layer and frame its keys (before RoPE) and values `b s nh dh`, without gradient.
-    cameras: of each frame, `b 18`, where the network sees them.
+    cameras: of each frame, `b 18`, where the network sees them. keep: what stays when the window is full, the "latest"
+    frames (and the sink), or those that cover the "poses" seen (cameras.covering).
 
     Frames are kept apart and joined where they are used, so a graph that waits for its backward shares them with the
     cache, and with all other chunks. frames: the positions of the frames held. `next_frame` counts the frames committed
     so far, held or dropped.
     """
 
-    def __init__(self, num_layers: int, window: int | None = None, sink: int = 0, relative: bool = False):
+    def __init__(self, num_layers: int, window: int | None = None, sink: int = 0, relative: bool = False,
+                 keep: str = "latest"):
         check_window(window, sink, chunk=1)
-        self.window, self.sink, self.relative = window, sink, relative
+        self.window, self.sink, self.relative, self.keep = window, sink, relative, keep
         self.keys: list[list[Tensor]] = [[] for _ in range(num_layers)]
         self.values: list[list[Tensor]] = [[] for _ in range(num_layers)]
         self.frames: list[int] = []
         self.cameras: list[Tensor] = []
         self.next_frame = 0
 
-    def visible_frames(self, *chunks: int) -> list[list[int]]:
+    def visible_frames(self, *chunks: int, cameras_of: Tensor | None = None) -> list[list[int]]:
         """What each of the next chunks, of so many frames, sees, its own frames included. Frames are numbered from the
-        oldest one held on, the new ones last."""
+        oldest one held on, the new ones last. cameras_of: those of all of these frames, `b f 18`, to keep poses by."""
         visible_to, held, first = [], list(range(len(self.frames))), len(self.frames)
         for n in chunks:
             check_window(self.window, self.sink, n)
             past = [held[i] for i in visible(len(held), n, self.window, self.sink)]
+            if self.keep == "poses" and cameras_of is not None and len(past) < len(held):
+                past = [held[i] for i in cameras.covering(cameras_of[:, held], len(past))]
             held = [*past, *range(first, first + n)]
             first += n
             visible_to.append(held)
@@ -224,10 +228,14 @@ class Cache:
         """Of the frames held, and of so many new ones."""
         return [*self.frames, *range(self.next_frame, self.next_frame + new)]
 
-    def write(self, keys: list[Tensor], values: list[Tensor], frames: int, cameras: Tensor | None = None):
-        """Add a chunk of `frames` frames, per layer `b (f s) nh dh`, cameras `b f 18`; forget what it did not see, so
-        that memory stays flat."""
-        (keep,) = self.visible_frames(frames)
+    def with_new(self, cameras_of: Tensor | None) -> Tensor | None:
+        """The cameras of the frames held, and of new ones `b f 18`."""
+        return None if cameras_of is None else torch.cat([*(of[:, None] for of in self.cameras), cameras_of], dim=1)
+
+    def write(self, keys: list[Tensor], values: list[Tensor], frames: int, cameras_of: Tensor | None = None):
+        """Add a chunk of `frames` frames, per layer `b (f s) nh dh`, its cameras `b f 18`; forget what it did not see,
+        so that memory stays flat."""
+        (keep,) = self.visible_frames(frames, cameras_of=self.with_new(cameras_of))
 
         def kept(held, new):
             both = [*held, *new]
@@ -236,7 +244,7 @@ class Cache:
         self.keys = [kept(held, k.chunk(frames, dim=1)) for held, k in zip(self.keys, keys)]
         self.values = [kept(held, v.chunk(frames, dim=1)) for held, v in zip(self.values, values)]
         self.frames = kept(self.frames, range(self.next_frame, self.next_frame + frames))
-        self.cameras = [] if cameras is None else kept(self.cameras, cameras.unbind(1))
+        self.cameras = [] if cameras_of is None else kept(self.cameras, cameras_of.unbind(1))
         self.next_frame += frames
 
 
@@ -434,10 +442,15 @@ class CausalWan(nn.Module):
             v = (x_t - v) / t_own.clamp(min=T_MIN)[:, :, None, None, None]
         return v.to(x.dtype)
 
-    def new_cache(self, window: int | None = None, sink: int | None = None, relative: bool = False) -> Cache:
-        """An empty past. window and sink (frames) default to the config's."""
+    def new_cache(self, window: int | None = None, sink: int | None = None, relative: bool = False,
+                  keep: str = "latest") -> Cache:
+        """An empty past. window and sink (frames) default to the config's. ValueError for poses that are not seen."""
         c = self.config
-        return Cache(c.num_layers, c.window if window is None else window, c.sink if sink is None else sink, relative)
+        if keep not in ("latest", "poses") or keep == "poses" and not c.sees_cameras:
+            raise ValueError(f"got keep={keep!r}, expected latest, or poses for a network that sees cameras: change "
+                             "--keep")
+        return Cache(c.num_layers, c.window if window is None else window, c.sink if sink is None else sink, relative,
+                     keep)
 
     @torch.no_grad()
     def append(self, cache: Cache, x0: Tensor, text: Tensor) -> None:
@@ -491,12 +504,11 @@ class CausalWan(nn.Module):
     def _cached(self, cache, chunks, h, w, device, camera):
         """A chunk on [past | own]. Of two chunks, the first is past to the second, and carries no gradient."""
         s, earlier, positions = h * w, sum(chunks[:-1]), cache.positions(sum(chunks))
-        frames_seen, tokens = cache.visible_frames(*chunks), [n * s for n in chunks]
+        camera = cache.with_new(camera)
+        frames_seen, tokens = cache.visible_frames(*chunks, cameras_of=camera), [n * s for n in chunks]
         keys, values = cache.keys, cache.values  # as they are now: a backward recomputes when the cache holds more
         ropes = [self._rope(range(len(seen)) if cache.relative else [positions[i] for i in seen], h, w, device)
                  for seen in frames_seen]
-        if camera is not None:
-            camera = torch.cat([*(of[:, None] for of in cache.cameras), camera], dim=1)
         of_each = [self._cameras(None if camera is None else camera[:, seen], h, w, n)
                    for n, seen in zip(chunks, frames_seen)]
 

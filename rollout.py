@@ -123,7 +123,7 @@ def recache(net, cache, history: list[tuple[int, Tensor]], text):
     frame, x0 `b n c h w`) of each chunk committed; frames that the cache has dropped are passed over, and those kept
     see only each other. text: the new `b l d`, or a Condition with the rows of all frames since the first.
     """
-    fresh = net.new_cache(cache.window, cache.sink, cache.relative)
+    fresh = net.new_cache(cache.window, cache.sink, cache.relative, cache.keep)
     for first, x0 in history:
         kept = [i for i in range(x0.shape[1]) if first + i in cache.frames]
         for start in [i for i in kept if i - 1 not in kept]:  # of each run of neighbours: a window may cut one out

@@ -85,6 +85,8 @@ def parse(argv=None):
     add("--sink", type=int, help="of these, the first frames of the clip (default: as trained, or 1)")
     add("--positions", choices=("relative", "absolute"), default="relative",
         help="of frames, counted inside the window or from the start of the clip (default: relative)")
+    add("--keep", choices=("latest", "poses"), default="latest", help="which frames the window holds: the latest, or, of "
+        "a network with cameras, those that cover the poses seen (default: latest)")
     add("--solver", choices=SOLVERS, help="default: cm for a student, euler for a teacher")
     add("--shift", type=float, help="timestep shift (default: as trained)")
     add("--guidance", type=float, help="guidance w (default: 1, none, for a student; as recorded for a teacher)")
@@ -197,7 +199,7 @@ def sample_batch(args, config, world, net, vae, given, rows, texts, switches, ba
     prompts = [(0, text([sample.prompt for sample in batch]))]
     prompts += [(frame, text([prompt] * len(batch))) for frame, prompt in switches]
     grid, first_grid = grids(args.steps, args.shift, args.first_steps)
-    cache = net.new_cache(args.window, args.sink, args.positions == "relative")
+    cache = net.new_cache(args.window, args.sink, args.positions == "relative", args.keep)
     given = None if given is None else given.to(args.device).expand(len(batch), *given.shape)
     rollout = rollout_with_prompts(net, noise, prompts, grid, chunk=args.chunk, frames=args.frames, given=given,
                                    cache=cache, first_grid=first_grid, solver=args.solver)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import close, close_norm
 
-from cameras import KINDS, matrices, row_of
+from cameras import KINDS, covering, matrices, row_of
 from flowmap import Condition, Guided, bell_weight, loss_weight, of_frames, schedule, to_x0
 from model import SIZES, WanConfig, rope_angles
 from rollout import joined, recache, shared_noise, stream
@@ -278,6 +278,50 @@ def test_a_commit_on_the_way_is_a_commit(seeing, kind, window, sink, relative):
         caches.append([z for layers in (cache.keys, cache.values) for layer in layers for z in layer])
     for got, want in zip(*caches, strict=True):
         close(got, want, 1e-5)
+
+
+def test_poses_are_covered():
+    """Bug: the frame forgotten that shows what no other does, or the older of two that show the same; headings or
+    places that do not count; the first frame or the last ones forgotten."""
+    def kept(poses, keep, clips=1):
+        rows = row_of(*camera_of(torch.tensor(poses, dtype=torch.float32)))
+        return covering(rows[None].expand(clips, -1, -1), keep)
+
+    turn = [[0, 0, a] for a in (0, 1, 2, 1, 3, 2, 3)]
+    assert kept(turn, 7) == list(range(7)) and kept(turn, 6, clips=3) == [0, 1, 2, 4, 5, 6]
+    assert kept([[0, 0, a] for a in (0, 1, 2, 3, 2, 1, 0)], 5) == [0, 2, 3, 5, 6]  # 4 shows what 2 did
+    walk = [[x, 0, 0] for x in (0, 1, 2, 2.1, 3, 3, 3)]
+    assert kept(walk, 6) == [0, 1, 2, 4, 5, 6] and kept(walk, 4) == [0, 2, 5, 6]
+    assert kept([[0, 0, 0], *3 * [[0, 0, 0.1]], [0, 0, 0], [0, 0, 0]], 3) == [0, 4, 5]
+
+
+@pytest.mark.parametrize("kind", SEEN)
+@torch.no_grad()
+def test_a_cache_that_covers_poses_is_one_of_these_frames(seeing, kind):
+    """Bug: frames forgotten by other cameras than theirs; a commit on the way that forgets others than one apart."""
+    net, (x, t, told, clean), caches = seeing(kind, num_layers=1), inputs(), []
+    rows = told.rows.clone()
+    rows[:, 3, 4:] = rows[:, 1, 4:]  # frame 3 shows what frame 1 has shown
+    told = Condition(told.words, rows)
+    for fused in (True, False):
+        cache = net.new_cache(4, 1, True, keep="poses")
+        for i in range(4):
+            net.append(cache, clean[:, i : i + 1], of_frames(told, i, i + 1))
+        if fused:
+            got = net(x[:, 5:], t[:, 5:], of_frames(told, 4, 6), cache=cache, clean=clean[:, 4:5])
+        else:
+            net.append(cache, clean[:, 4:5], of_frames(told, 4, 5))
+            close(got, net(x[:, 5:], t[:, 5:], of_frames(told, 5, 6), cache=cache), 1e-5)
+        caches.append(cache.frames)
+    assert caches[0] == caches[1] and len(caches[0]) == 4
+    seen = [*covering_by_hand(told, caches[0]), 5]
+    clip, times = torch.cat([clean[:, seen[:3]], x[:, 5:]], 1), torch.cat([torch.zeros(2, 3), t[:, 5:]], 1)
+    close(got, net(clip, times, Condition(told.words, told.rows[:, seen]))[:, 3:], 1e-5)
+
+
+def covering_by_hand(told, frames):
+    """Which three of four frames cover the poses seen, by their rows."""
+    return [frames[i] for i in covering(told.rows[:, [*frames, 5], 4:][:, :4], 3)]
 
 
 @pytest.mark.parametrize("kind", SEEN)

@@ -253,6 +253,26 @@ def stroll(folder, *words):
 
 
 @torch.no_grad()
+def test_what_the_window_keeps(room, tmp_path):
+    """Bug: --keep that is not heard, or the same whatever it says."""
+    prompt, world, held, made = "left left left left none none none none", WORLDS["room"], {}, {}
+    told = world.embed([world.parse(prompt)])
+    for keep in ("latest", "poses"):
+        stroll(tmp_path, "--prompt", prompt, "--steps", 1, "--window", 6, "--keep", keep, "--out",
+               tmp_path / f"{keep}.safetensors")
+        made[keep] = latent_folder.read_shard(tmp_path / f"{keep}.safetensors")[0]["latents"]
+        cache = room.new_cache(6, 1, True, keep)
+        want = torch.cat([c.x0 for c in stream(room, lambda i, k: draws.noises([0], (1, 3, 16, 24), i, k), told,
+                                               schedule(1, 5.0), num_chunks=9, cache=cache)], 1)
+        held[keep] = cache.frames
+        close(made[keep][None], want, 1e-4)
+    assert held["latest"] == [0, 3, 4, 5, 6, 7] and held["poses"] == [0, 2, 4, 5, 6, 7]
+    assert (made["latest"] - made["poses"]).abs().max() > 0.01
+    with pytest.raises(ValueError, match="'poses', expected latest, or .*change --keep"):
+        CausalWan(dataclasses.replace(room.config, camera="unseen")).new_cache(4, keep="poses")
+
+
+@torch.no_grad()
 def test_in_the_room_the_prompt_is_the_path(room, tmp_path):
     """Bug: a room that is sampled without actions, with another prompt's, or beyond the end of the path."""
     prompts, world = ("forward left forward", "left left left left back"), WORLDS["room"]
