@@ -85,8 +85,8 @@ def parse(argv=None):
     add("--sink", type=int, help="of these, the first frames of the clip (default: as trained, or 1)")
     add("--positions", choices=("relative", "absolute"), default="relative",
         help="of frames, counted inside the window or from the start of the clip (default: relative)")
-    add("--keep", choices=("latest", "poses"), default="latest", help="which frames the window holds: the latest, or, of "
-        "a network with cameras, those that cover the poses seen (default: latest)")
+    add("--keep", choices=("latest", "poses"), default="latest",
+        help="the frames that the window holds: the latest, or, with cameras, those that cover the poses seen")
     add("--solver", choices=SOLVERS, help="default: cm for a student, euler for a teacher")
     add("--shift", type=float, help="timestep shift (default: as trained)")
     add("--guidance", type=float, help="guidance w (default: 1, none, for a student; as recorded for a teacher)")

@@ -39,8 +39,8 @@ def parse(argv=None):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--weights", type=Path, required=True, help="a causal student of the room")
     p.add_argument("--frames", type=int, default=128, help="of a walk, the turn among them (default: 128)")
-    p.add_argument("--paths", type=int, default=8, help="(default: 8)")
-    p.add_argument("--rooms", type=int, default=8, help="in which each path is walked (default: 8)")
+    p.add_argument("--paths", type=int, default=4, help="(default: 4)")
+    p.add_argument("--rooms", type=int, default=16, help="in which each path is walked (default: 16)")
     p.add_argument("--steps", type=int, default=2, help="denoising steps per frame (default: 2)")
     p.add_argument("--out", type=Path, help="a .json for the numbers")
     return p.parse_args(argv)
@@ -74,8 +74,9 @@ def errors(net, path: int, way: tuple, args) -> list[float]:
     return [error[:, a:b][known[:, a:b]].mean().item() for a, b in spans(args.frames)]
 
 
-def main(args) -> dict:
+def main(argv=None) -> dict:
     """Print and return way -> mean error over the paths in every span of frames."""
+    args = parse(argv)
     metadata = metadata_of(args.weights)
     config = SIZES.get(metadata.get("size"))
     if config is None or config.family != "room" or not metadata.get("few_step") or not metadata.get("causal"):
@@ -98,4 +99,4 @@ def main(args) -> dict:
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(parse()), "stopped; nothing was written")
+    run_command(main, "stopped; nothing was written")

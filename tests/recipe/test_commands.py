@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -91,6 +92,9 @@ def home(tmp_path_factory):
     encode_prompts.main("prompts.txt prompts/0.safetensors --wan Wan2.1-T2V-1.3B --device cpu".split())
     for name in ("captions.csv", "clips.csv"):
         Path(name).write_text("video,caption\nv0,a red fox runs through snow\nv1,a dog\n")
+    for i in range(2):
+        np.savez(home / "clips" / f"v{i}.npz", viewmats=np.tile(np.eye(4), (21, 1, 1)), Ks=np.eye(3), fps=16)
+    Path("walks.csv").write_text("video,caption,cameras\nv0,a dog,v0.npz\nv1,a red fox,v1.npz\n")
     yield home
     patch.undo()
 
@@ -148,6 +152,8 @@ def run_tool(name, words, monkeypatch):
         size = "--height 4 --width 6" if "wan1.3b" in words else ""
         bench.main(bench.parse([*words, *f"--rounds 1 --device cpu {size}".split()]))
         return
+    if name == "walk":
+        words += "--frames 16 --paths 1 --rooms 2".split()
     if name == "encode_prompts":
         Path(words[1]).unlink(missing_ok=True)  # several commands have the same output
     if name == "prepare":
@@ -243,4 +249,3 @@ def test_counts_are_those_of_the_code():
         if n.isdigit() or n in numbers:
             assert (int(n) if n.isdigit() else numbers[n]) in expected[what], (n, what)
     assert "lists all twenty-one" in README and len(baselines) == 21
-    assert "all twelve prompts" in README and len(toy.PROMPTS) == 12
