@@ -184,7 +184,7 @@ def evaluate(cfg, stage) -> list[dict]:
 def ask(cfg, stage, net, steps, solver, first: bool) -> dict:
     """What the world asks of a model beyond clips of its own: to continue true ones, and, in the first row of a causal
     model that makes frame by frame, to jump from noise to each frame behind its true past."""
-    world, n, jumps = WORLDS[cfg.world], min(64, cfg.eval_clips), first and STAGES[stage].causal and cfg.chunk == 1
+    world, n, jumps = WORLDS[cfg.world], min(32, cfg.eval_clips), first and STAGES[stage].causal and cfg.chunk == 1
 
     def make(labels, of, given=None):
         shape = max(cfg.mixed_steps), *video_shape(cfg)

@@ -1,7 +1,7 @@
 """How long a model of the room remembers: true frames of a whole turn, then a long walk, whose frames are compared with
 the truth where the given ones determine them (worlds/room.py), by their distance in time.
 
-    python -m tools.walk --weights runs/room/salt.safetensors --out results/room_walk.json
+    python -m tools.walk --weights runs/room/salt.safetensors --out results/room_walk_cpu.json
 
 Every way to bound the cache walks the same paths, from the same noise: all frames (as far as they go, positions that
 the network has never seen among them), the latest of a window, a sink as long as the turn, and the window that covers

@@ -21,7 +21,7 @@ DOCS = {path.relative_to(ROOT / "docs").with_suffix("").as_posix(): path.read_te
 TEXT = "\n".join([README, *DOCS.values()])
 SCRIPTS = sorted((ROOT / "runs").glob("*.sh"))
 TESTS = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "tests").glob("*/test_*.py")}
-TOOLS = "convert encode_prompts prepare plan bench".split()
+TOOLS = "convert encode_prompts prepare plan bench walk".split()
 TORCHRUN = {"--nproc_per_node", "--nnodes", "--max-restarts", "--rdzv-backend", "--rdzv-endpoint",
             "--shutdown-timeout"}
 PLACEHOLDERS = {"NAME": "dmd4", "S": "0", "N": "1"}
@@ -175,6 +175,26 @@ def test_examples_give_what_they_show():
 
 def results(name):
     return json.loads((ROOT / "results" / f"{name}.json").read_text())
+
+
+def test_tables_of_the_room_are_those_of_the_results():
+    """Bug: a number that was typed, or that belongs to another run."""
+    measured = {(f"`{r['stage']}`", str(r["steps"])): r for r in results("room_cpu")["rows"]}
+    shown = rows("What was measured", DOCS["world_model"])
+    stages, kinds = [row for row in shown if len(row) == 9], [row for row in shown if len(row) == 5]
+    assert len(stages) == 12 and len(kinds) == 4
+    for stage, steps, *numbers in stages:
+        r = measured[stage, steps]
+        assert numbers == [f"{r[name]:.4f}" for name in ("render_error", "validity")] + [
+            f"{r[name]:.2f}" for name in ("wall_variety", "pillar_variety")] + [
+            f"{r[name]:.4f}" for name in ("memory_error", "return_error")] + [f"{r['variety']:.2f}"], (stage, steps)
+    for kind, *numbers in kinds:
+        size = re.search(r"--size (\w+)", kind)[1]
+        (r,) = (r for r in results("room_cameras_cpu")["rows"][size] if r["steps"] == 4)
+        assert numbers == [f"{r[name]:.3f}" for name in ("memory_error", "return_error", "render_error", "validity")]
+    walk = results("room_walk_cpu")
+    assert {name: [f"{e:.3f}" for e in of] for name, of in walk["errors"].items()} == {
+        name: numbers for name, *numbers in rows("Long walks", DOCS["world_model"])}
 
 
 def test_tables_are_those_of_the_results():
