@@ -165,7 +165,8 @@ def read_cameras(path: Path, frames: int, fps: float) -> tuple[Tensor, Tensor]:
     """viewmats `f 4 4`, relative to the first, and Ks `f 3 3`, float32, of the latent frames of a clip of so many
     frames, from a file with those of every frame. BadCameras, naming the file, if they are too few, none, or of another
     number of frames a second, where it has its `fps`."""
-    with reading(path, f"viewmats and Ks of {frames} frames, {fps:g} a second, see tools/prepare.py", Exception, error=BadCameras):
+    expected = f"viewmats and Ks of {frames} frames, {fps:g} a second, see tools/prepare.py"
+    with reading(path, expected, Exception, error=BadCameras):
         if path.suffix == ".safetensors":
             held = load_file(path)
         else:

@@ -238,7 +238,8 @@ class LatentFolder:
         return torch.stack([sample["latents"][:self.shape[0]] for sample in samples]), self._told(samples)
 
     def texts(self, positions, *key: int) -> Tensor | Condition:
-        """Their text, with cameras where these are wanted. Latents are verified as well, so that the samples are those of `clips`."""
+        """Their text, with cameras where these are wanted. Latents are verified as well, so that the samples are those
+        of `clips`."""
         return self._told([self._draw(int(p), key) for p in positions])
 
     @cached_property

@@ -422,9 +422,9 @@ def test_a_stage_starts_from_them(tmp_path, tiny_camera):
         convert.main([*to, "--stage", "teacher_forcing"])
     convert.main(to)
     flags = ["--size", "wan1.3b_camera", "--data", "random", "--out", str(tmp_path / "run"), *MORE]
-    for stage in ("bidirectional", "teacher_forcing"):
-        train.main(config.parse([*flags, "--stage", stage, "--bidirectional-steps", "3"]))
-        trained, about = read_tensors(tmp_path / "run" / f"{stage}.safetensors")
+    for name in ("bidirectional", "teacher_forcing"):
+        train.main(config.parse([*flags, "--stage", name, "--bidirectional-steps", "3"]))
+        trained, about = read_tensors(tmp_path / "run" / f"{name}.safetensors")
         assert about["size"] == "wan1.3b_camera" and trained["blocks.1.self_attn.prope_o.weight"].any()
         close(trained["blocks.0.ffn.0.weight"], weights["blocks.0.ffn.0.weight"], 0.05)
 
