@@ -391,8 +391,8 @@ def test_window_and_sink_in_training(trained, monkeypatch):
     """Bug: a training rollout that ignores the window, or drops the sink (LongLive)."""
     shown, visible_frames = set(), model.Cache.visible_frames
 
-    def recorded(cache, *chunks):
-        visible = visible_frames(cache, *chunks)
+    def recorded(cache, *chunks, **how):
+        visible = visible_frames(cache, *chunks, **how)
         shown.update(tuple(cache.positions(1)[i] for i in frames) for frames in visible)
         return visible
 

@@ -43,6 +43,7 @@ ELSEWHERE = {  # flag of train.py -> the test that sees what it changes
     "init": "test_baselines.py::test_stage_three_starts_where_its_paper_does_and_rolls_out",
     "mixed_steps": "test_wiring.py::test_the_critic_meets_all_that_the_generator_makes",
     "row_dropout": "test_data.py::test_dropped_rows_are_zeros_and_words_stay",
+    "critic_weight": "test_presets.py::test_the_critic_weighs_its_loss",
     "bidirectional_weight": "test_presets.py::test_stage_one_weighs_its_loss_by_the_time_of_each_frame",
     "eval_clips": "test_evaluate.py::test_rows_are_what_is_measured_by_hand",
     "eval_seed": "test_evaluate.py::test_rows_are_what_is_measured_by_hand",

@@ -162,6 +162,24 @@ def test_stage_one_weighs_its_loss_by_the_time_of_each_frame(wan, monkeypatch, s
     assert loss.item() == pytest.approx((0 * 1 + 5 * 2) / 6)
 
 
+def test_the_critic_weighs_its_loss(wan, monkeypatch):
+    """Bug: a weight that is computed and not used, of other clips' times, or the teachers'."""
+    seen, real = [], train.critic_loss
+    monkeypatch.setattr(train, "critic_loss", lambda *a, **k: (seen.append(a), real(*a, **k))[1])
+    cfg = wan("--stage salt --preset causal_forcing_pp")
+    for name in ("flat", "data"):
+        cfg = dataclasses.replace(cfg, critic_weight=name, bidirectional_weight="bell", critic_steps=1)
+        train.begin(cfg, "salt").update(0)
+    flat, data = seen[0], seen[-1]
+    assert flat[5] is None and torch.equal(data[5], data_weight(data[3]))
+
+    x0 = torch.zeros(2, 3, 1, 2, 2)
+    error = torch.tensor([2.0, 5])  # of clip i
+    loss, _ = real(lambda x, t, text: error.sqrt()[:, None, None, None, None].expand_as(x), x0, None,
+                   torch.full((2, 3), 0.5), x0, torch.tensor([[1.0, 1, 1], [3, 3, 3]]))
+    assert loss.item() == pytest.approx((2 * 1 + 5 * 3) / 2)
+
+
 def test_teacher_of_the_papers_is_named(wan, capsys):
     """Bug: a run with the papers' settings whose teacher is ten times smaller than theirs, without a word."""
     train.main(wan("--stage salt --dmd-steps 1"))
