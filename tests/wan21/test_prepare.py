@@ -106,8 +106,8 @@ def test_training_reads_it(tmp_path, films, monkeypatch):
     prepared(*films(3), tmp_path / "out", encode_clip, encode_text, **HOW)
     config = model.WanConfig(dim=24, ffn_dim=48, num_heads=2, num_layers=2, in_dim=4, text_dim=3, text_len=6)
     monkeypatch.setitem(model.SIZES, "small", config)
-    cfg = SimpleNamespace(size="small", frames=2, height=2, width=2, data=str(tmp_path / "out"), bad_data="stop", row_dropout=0.0,
-                          world="", seed=0, batch=2, prompt_dropout=0, device="cpu")
+    cfg = SimpleNamespace(size="small", frames=2, height=2, width=2, data=str(tmp_path / "out"), bad_data="stop",
+                          world="", seed=0, batch=2, prompt_dropout=0, row_dropout=0, device="cpu")
     source = stage.source_of(cfg)
     x0, text = Draw(cfg, source, GROUPS[0], 0, slice(None)).clips()
     assert x0.shape == (2, *SHAPE) and text.shape == (2, *TEXT)
