@@ -2,7 +2,7 @@
 
 A camera has a world-to-camera matrix V (4 x 4, rigid; OpenCV's axes: x right, y down, z forward) and focal lengths fx
 and fy in units of the image's width and height. With its projection P = diag(fx, fy, 1, 1) V, the matrix P_i P_j^-1
-takes what camera j sees to camera i: it says how two frames lie to each other, and no choice of world coordinates
+takes what camera j sees to camera i: it relates two frames, and no choice of world coordinates
 enters it. PRoPE puts it into attention as RoPE puts the distance of two tokens. Cut the channels of a head into groups
 of four, and multiply every group, with the projection of its frame:
 
@@ -13,7 +13,7 @@ camera j, told in the coordinates of camera i. model.py runs this beside the att
 the same q, k and v, and adds it through a linear layer of its own, `self_attn.prope_o`, which is zero at the start: a
 text-to-video model with cameras begins as it was. As with RoPE, the cache holds keys and values without their position.
 So both kinds of heads share them, and world coordinates can be chosen anew for every forward: `matrices` puts the last
-frame at the origin, as far from the start of a walk bf16 would round small steps away.
+frame at the origin. Otherwise bf16 would round small steps away, far from the start of a walk.
 
 KINDS of matrices:
 
@@ -125,7 +125,8 @@ def seen_by(p: Tensor | None, attended: Tensor) -> Tensor:
 
 def covering(rows: Tensor, keep: int, recent: int = 2) -> list[int]:
     """Which `keep` of the frames of rows `b f 18` to remember, so that they cover the poses seen: again and again, that
-    frame is forgotten which an older one shows best. The first frame and the `recent` last ones stay.
+    frame is forgotten which an older one shows best. The first frame and the `recent` last ones stay, as far as there
+    is room.
 
     The distance of two cameras is that of their positions plus 1 - cos of the angle between their axes z, on average
     over the clips.
@@ -133,8 +134,8 @@ def covering(rows: Tensor, keep: int, recent: int = 2) -> list[int]:
     v = rows[..., :16].float().unflatten(-1, (4, 4))
     position, axis = rigid_inverse(v)[..., :3, 3], v[..., 2, :3]
     distance = (torch.cdist(position, position) + 1 - axis @ axis.transpose(-1, -2)).mean(0).tolist()
-    kept = list(range(rows.shape[1]))
-    while len(kept) > keep:
-        old = kept[:-recent]
+    kept, recent = list(range(rows.shape[1])), min(recent, max(0, keep - 1))
+    while len(kept) > max(1, keep):
+        old = kept[: len(kept) - recent]
         kept.remove(min(old[1:], key=lambda i: min(distance[i][j] for j in old if j < i)))
-    return kept
+    return kept[:keep]

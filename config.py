@@ -516,7 +516,8 @@ def parser(description="", prog="python train.py") -> argparse.ArgumentParser:
 
 
 def config_of(given: dict) -> Config:
-    """Config's defaults, over them the preset's values, over them what was given."""
+    """Config's defaults, over them the preset's or the world's values, over them what was given. A world without a size
+    has the first size that is made for it."""
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     made_for = [size for size, c in SIZES.items() if FAMILIES[c.family].world == given.get("world", "toy")]
     given = {"size": made_for[0] if made_for else Config.size} | given

@@ -3,6 +3,7 @@
     python train.py                          # the toy recipe: four stages on a laptop, about 20 minutes on 2 CPU cores
     python train.py --stage causal_cd        # one stage; it starts from what the stages before left in --out
     python train.py --stage self_forcing     # a baseline of the papers: config.STAGES lists them
+    python train.py --world room             # the room (worlds/room.py), in place of the toy world
     python train.py --train-longer 3 --out runs/long      # the same recipe, three times as long
     python train.py --stage evaluate --eval-seed 1        # measure again what a run left, on other prompts and seeds
     python train.py --help                   # every flag

@@ -233,7 +233,7 @@ class Toy:
     def columns(self, r: dict) -> dict[str, str]:
         """A row of the table as it is printed, header -> text. Raises KeyError, TypeError, ... if it lacks something.
         """
-        by_frame = [x + 0 for x in r["render_error_by_frame"]]
+        by_frame = r["render_error_by_frame"]
         drift = f"{r['drift']:.2f}" if r["weights"] else "-"  # of frames without an error there is none
         return {"error": f"{r['render_error']:7.4f}", "frame 3": f"{by_frame[2]:7.4f}", "last": f"{by_frame[-1]:7.4f}",
                 "drift": f"{drift:>5}", "prompt": f"{100 * r['prompt_accuracy']:5.1f}%",

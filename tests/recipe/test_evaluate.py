@@ -133,6 +133,33 @@ def test_rows_are_what_is_measured_by_hand(finished, stage, changes):
         assert r["nfe"] == r["steps"] * (1 if student else 2) and r["clips"] == CLIPS and r["eval_seed"] == 3
 
 
+@pytest.mark.parametrize("stage", ["bidirectional", "teacher_forcing", "causal_cd"])
+@torch.no_grad()
+def test_given_frames_are_continued(finished, stage):
+    """Bug: given frames that are changed, noised or not seen; a whole clip that is told another time of them than 0."""
+    cfg, net, (causal, student, solver) = finished(stage), random_net(1), SAMPLED[stage]
+    real, labels = TOY.clips(range(CLIPS), 4, EVALUATE, 3, 0)
+    noise, given, grid = noise_by_hand(), real[:, :2], schedule(2, cfg.shift)
+    guidance = 1 if student else cfg.guidance
+    got = evaluate.generate(cfg, stage, net, 2, labels, noise, given=given)
+    if causal:
+        caches, want = [net.new_cache(), net.new_cache()], [given]
+        texts = TOY.embed(labels), torch.zeros(len(labels), 2, 16)
+        for i in range(4):
+            if i > 1:
+                want.append(solve(net, noise[:, :, i : i + 1], grid, labels, solver, guidance, caches=caches))
+            for cache, text in zip(caches, texts):
+                net.append(cache, given[:, i : i + 1] if i < 2 else want[-1], text)
+        close(got, torch.cat(want, 1), 1e-4)
+        return
+    x, text = noise[:, 0], TOY.embed(labels)
+    for t, s in ((grid[0].item(), grid[1].item()), (grid[1].item(), 0.0)):
+        x, times = torch.cat([given, x[:, 2:]], 1), torch.tensor([0.0, 0, t, t]).expand(CLIPS, 4)
+        cond, uncond = net(x, times, text), net(x, times, torch.zeros_like(text))
+        x = x - (t - s) * (uncond + guidance * (cond - uncond))
+    close(got, torch.cat([given, x[:, 2:]], 1), 1e-4)
+
+
 @pytest.mark.parametrize("stage", SAMPLED)
 def test_defect_by_hand(finished, stage):
     """Bug: the defect of other weights, of an unguided teacher, without the clean past where there is one, off the
