@@ -284,7 +284,7 @@ RECIPES = {  # what the recipe of a world changes of Config's defaults, which ar
         world="room", out="runs/room", frames=16, height=16, width=24, batch=8, eval_clips=32,
         prompt_dropout=0.0, guidance=1.0,  # there are no words
         bidirectional_weight="data", teacher_forcing_weight="data", critic_weight="data",
-        bidirectional_lr=2.5e-3, teacher_forcing_steps=3000, teacher_forcing_lr=2e-3,
+        bidirectional_steps=12000, bidirectional_lr=2.5e-3, teacher_forcing_steps=3000, teacher_forcing_lr=2e-3,
     ),
 }
 

@@ -263,18 +263,19 @@ class Attention(nn.Module):
     def qkv(self, x, context):
         """Queries of x `b n d`, keys and values of context `b m d`, each `b _ nh dh`."""
         q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)
-        return tuple(rearrange(z, "b n (nh dh) -> b n nh dh", nh=self.num_heads) for z in (q, k, v))
+        return tuple(z.unflatten(-1, (self.num_heads, -1)) for z in (q, k, v))
 
 
 def modulate(x, shift, scale):
     """Adaptive layer norm: x `b (f s) d` with one shift and scale `b f d` per frame."""
     x = x.unflatten(1, (shift.shape[1], -1))
-    return (x * (1 + scale[:, :, None]) + shift[:, :, None]).flatten(1, 2)
+    return torch.addcmul(shift[:, :, None], x, 1 + scale[:, :, None]).flatten(1, 2)
 
 
 def gated(x, y, gate):
     """x + gate * y, one gate `b f d` per frame."""
-    return x + (y.unflatten(1, (gate.shape[1], -1)) * gate[:, :, None]).flatten(1, 2)
+    x, y = (z.unflatten(1, (gate.shape[1], -1)) for z in (x, y))
+    return torch.addcmul(x, y, gate[:, :, None]).flatten(1, 2)
 
 
 class Block(nn.Module):
@@ -303,10 +304,10 @@ class Block(nn.Module):
     def after(self, x, attended, time, text):
         """All that follows self-attention. attended `b (f s) nh dh`, with cameras twice as many heads."""
         gate1, shift, scale, gate2 = (self.modulation[:, None] + time)[:, :, 2:].unbind(2)
-        by_rope, *by_camera = attended.split(self.self_attn.num_heads, dim=2)
-        y = self.self_attn.o(by_rope.flatten(2))
-        if by_camera:
-            y = y + self.self_attn.prope_o(by_camera[0].flatten(2))
+        heads = [attended] if attended.shape[2] == self.self_attn.num_heads else attended.chunk(2, dim=2)
+        y = self.self_attn.o(heads[0].flatten(2))
+        if len(heads) == 2:
+            y = y + self.self_attn.prope_o(heads[1].flatten(2))
         x = gated(x, y, gate1)
         x = x + self.cross_attn.o(attention(*self.cross_attn.qkv(self.norm3(x), text)).flatten(2))
         return gated(x, self.ffn(modulate(self.norm2(x), shift, scale)), gate2)
@@ -411,8 +412,9 @@ class CausalWan(nn.Module):
         else:
             layout = self._bidirectional(f, h, w, x.device, camera)
 
-        dtype, tokens = self.patch_embedding.weight.dtype, rearrange(x, "b f c h w -> b c f h w")
-        tokens = rearrange(self.patch_embedding(tokens.to(dtype)), "b d f h w -> b (f h w) d")
+        dtype = self.patch_embedding.weight.dtype  # a convolution whose stride is its width: one product for each patch
+        patches = rearrange(x.to(dtype), "b f c (h p) (w q) -> b (f h w) (c p q)", p=ph, q=pw)
+        tokens = F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
         time = self.time_embedding(sinusoid(t, c.freq_dim).to(dtype))  # (b f d)
         if c.row_dim:
             time = time + self.row_embedding(rows[..., :c.row_dim].to(dtype))

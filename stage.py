@@ -162,8 +162,8 @@ def guide(cfg, net, w):
 # Updates
 
 def adamw(net, betas):
-    on_gpu = next(net.parameters()).is_cuda  # where one fused kernel needs no copies of the moments
-    return torch.optim.AdamW(net.parameters(), lr=0, betas=betas, weight_decay=0.01, fused=on_gpu or None)
+    fused = not next(net.parameters()).is_meta  # one kernel for all weights; it does not know the meta device
+    return torch.optim.AdamW(net.parameters(), lr=0, betas=betas, weight_decay=0.01, fused=fused)
 
 
 def optimizer_step(cfg, net, optimizer, loss_of: Callable, lr, flag) -> dict:
