@@ -34,7 +34,6 @@ Where we differ from the public causal code, and why
 """
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -55,11 +54,6 @@ def check_window(window, sink, chunk):
     if window is not None and window < sink + chunk:
         raise ValueError(f"window {window} cannot hold a sink of {sink} and a chunk of {chunk} frames: "
                          f"give --window at least {sink + chunk}, or a smaller --sink or --chunk")
-
-
-def check_device(device: str, flag: str = "--device"):
-    if device != "cpu" and not (re.fullmatch(r"cuda(:\d+)?", device) and torch.cuda.is_available()):
-        raise ValueError(f"got {flag} {device}, expected cpu, or cuda where there is a GPU")
 
 
 @dataclass(frozen=True)
@@ -208,7 +202,7 @@ class Cache:
         self.values: list[list[Tensor]] = [[] for _ in range(num_layers)]
         self.frames: list[int] = []
         self.cameras: list[Tensor] = []
-        self.next_frame = 0
+        self.next_frame = self.batch = 0
 
     def visible_frames(self, *chunks: int, cameras_of: Tensor | None = None) -> list[list[int]]:
         """What each of the next chunks, of so many frames, sees, its own frames included. Frames are numbered from the
@@ -245,7 +239,7 @@ class Cache:
         self.values = [kept(held, v.chunk(frames, dim=1)) for held, v in zip(self.values, values)]
         self.frames = kept(self.frames, range(self.next_frame, self.next_frame + frames))
         self.cameras = [] if cameras_of is None else kept(self.cameras, cameras_of.unbind(1))
-        self.next_frame += frames
+        self.next_frame, self.batch = self.next_frame + frames, len(keys[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,10 +254,13 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = nn.RMSNorm(dim, eps=eps), nn.RMSNorm(dim, eps=eps)
 
-    def qkv(self, x, context):
-        """Queries of x `b n d`, keys and values of context `b m d`, each `b _ nh dh`."""
-        q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)
-        return tuple(z.unflatten(-1, (self.num_heads, -1)) for z in (q, k, v))
+    def queries(self, x):
+        """`b n nh dh` of x `b n d`."""
+        return self.norm_q(self.q(x)).unflatten(-1, (self.num_heads, -1))
+
+    def keys_and_values(self, context):
+        """Each `b m nh dh` of context `b m d`."""
+        return tuple(z.unflatten(-1, (self.num_heads, -1)) for z in (self.norm_k(self.k(context)), self.v(context)))
 
 
 def modulate(x, shift, scale):
@@ -293,15 +290,15 @@ class Block(nn.Module):
 
     def forward(self, x, time, text, attend):
         """x `b (f s) d`, time `b f 6 d`, text `b l d`; attend(q, k, v) is this layer's layout."""
-        return self.after(x, attend(*self.before(x, time)), time, text)
+        return self.after(x, attend(*self.before(x, time)), time, *self.cross_attn.keys_and_values(text))
 
     def before(self, x, time):
         """Queries, keys and values of self-attention. It is apart from `after` so that both can be compiled whole."""
         shift, scale = (self.modulation[:, None] + time)[:, :, :2].unbind(2)  # (b f d)
         y = modulate(self.norm1(x), shift, scale)
-        return self.self_attn.qkv(y, y)
+        return self.self_attn.queries(y), *self.self_attn.keys_and_values(y)
 
-    def after(self, x, attended, time, text):
+    def after(self, x, attended, time, text_keys, text_values):
         """All that follows self-attention. attended `b (f s) nh dh`, with cameras twice as many heads."""
         gate1, shift, scale, gate2 = (self.modulation[:, None] + time)[:, :, 2:].unbind(2)
         heads = [attended] if attended.shape[2] == self.self_attn.num_heads else attended.chunk(2, dim=2)
@@ -309,7 +306,8 @@ class Block(nn.Module):
         if len(heads) == 2:
             y = y + self.self_attn.prope_o(heads[1].flatten(2))
         x = gated(x, y, gate1)
-        x = x + self.cross_attn.o(attention(*self.cross_attn.qkv(self.norm3(x), text)).flatten(2))
+        y = attention(self.cross_attn.queries(self.norm3(x)), text_keys, text_values)
+        x = x + self.cross_attn.o(y.flatten(2))
         return gated(x, self.ffn(modulate(self.norm2(x), shift, scale)), gate2)
 
 
@@ -393,9 +391,8 @@ class CausalWan(nn.Module):
         """
         c, t, (words, rows) = self.config, per_frame(t, x), words_and_rows(text)
         self._check(x, t, words, rows, chunk, clean, cache, commit)
-        b, f, _, height, width = x.shape
-        _, ph, pw = c.patch_size
-        h, w, x_t, t_own = height // ph, width // pw, x, t
+        (b, f, *_), x_t, t_own = x.shape, x, t
+        h, w = (n // patch for n, patch in zip(x.shape[3:], c.patch_size[1:]))
         before = clean.shape[1] if cache is not None and clean is not None else 0  # frames to commit on the way
         if before:
             x, t = torch.cat([clean, x], dim=1), torch.cat([t.new_zeros(b, before), t], dim=1)
@@ -412,14 +409,8 @@ class CausalWan(nn.Module):
         else:
             layout = self._bidirectional(f, h, w, x.device, camera)
 
-        dtype = self.patch_embedding.weight.dtype  # a convolution whose stride is its width: one product for each patch
-        patches = rearrange(x.to(dtype), "b f c (h p) (w q) -> b (f h w) (c p q)", p=ph, q=pw)
-        tokens = F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
-        time = self.time_embedding(sinusoid(t, c.freq_dim).to(dtype))  # (b f d)
-        if c.row_dim:
-            time = time + self.row_embedding(rows[..., :c.row_dim].to(dtype))
-        time6 = self.time_projection(time).unflatten(-1, (6, -1))  # (b f 6 d)
-        text = self.text_embedding(words.to(dtype))
+        tokens, time, time6 = self.embed(x, t, rows)
+        text = self.text_embedding(words.to(tokens.dtype))
         for layer, block in enumerate(self.blocks[:num_blocks]):
             def attend(q, k, v, layer=layer):
                 if to_write:
@@ -433,16 +424,28 @@ class CausalWan(nn.Module):
         if to_write:
             n = before or f
             cache.write([k for k, _ in written], [v for _, v in written], n, None if camera is None else camera[:, :n])
-        if before:
-            tokens, time = tokens[:, to_write:], time[:, before:]
-        elif clean is not None:
-            tokens, time = tokens[b:], time[b:]
+        tokens, time = tokens[len(x) - b :, before * h * w :], time[len(x) - b :, before:]  # those of x_t
         if num_blocks is not None:
             return tokens.unflatten(1, (f, -1))
-        v = rearrange(self.head(tokens, time), "b (f h w) (p q c) -> b f c (h p) (w q)", f=f, h=h, p=ph, q=pw)
-        if c.predicts_x0:
-            v = (x_t - v) / t_own.clamp(min=T_MIN)[:, :, None, None, None]
-        return v.to(x.dtype)
+        return self.velocity(tokens, time, x_t, t_own)
+
+    def embed(self, x, t, rows):
+        """Tokens `b (f s) d` of x; what the head, `b f d`, and the blocks, `b f 6 d`, are told of t and rows."""
+        c, weight, (_, p, q) = self.config, self.patch_embedding.weight, self.config.patch_size
+        dtype, patches = weight.dtype, rearrange(x, "b f c (h p) (w q) -> b (f h w) (c p q)", p=p, q=q)
+        tokens = F.linear(patches.to(dtype), weight.flatten(1), self.patch_embedding.bias)  # a convolution, stride p q
+        time = self.time_embedding(sinusoid(t, c.freq_dim).to(dtype))
+        if c.row_dim:
+            time = time + self.row_embedding(rows[..., :c.row_dim].to(dtype))
+        return tokens, time, self.time_projection(time).unflatten(-1, (6, -1))
+
+    def velocity(self, tokens, time, x_t, t):
+        """v `b f c h w` at x_t and t `b f`, from the last block's tokens `b (f s) d` and time `b f d`."""
+        (f, _, height, _), (_, p, q) = x_t.shape[1:], self.config.patch_size
+        v = rearrange(self.head(tokens, time), "b (f h w) (p q c) -> b f c (h p) (w q)", f=f, h=height // p, p=p, q=q)
+        if self.config.predicts_x0:
+            v = (x_t - v) / t.clamp(min=T_MIN)[:, :, None, None, None]
+        return v.to(x_t.dtype)
 
     def new_cache(self, window: int | None = None, sink: int | None = None, relative: bool = False,
                   keep: str = "latest") -> Cache:
@@ -543,8 +546,7 @@ class CausalWan(nn.Module):
         told = (b, f + (clean.shape[1] if cache is not None and clean is not None else 0), c.row_width)
         if (None if rows is None else rows.shape) != (told if c.row_width else None):
             raise ValueError(f"rows have shape {None if rows is None else tuple(rows.shape)}; expected "
-                             f"{told if c.row_width else 'none'}, for every frame what the config's row_dim and camera "
-                             "say")
+                             f"{told if c.row_width else 'none'}, by the config's row_dim and camera")
         if clean is not None and cache is None and (clean.shape != x.shape or chunk is None):
             raise ValueError(f"teacher forcing needs chunk and a clean clip like x {tuple(x.shape)}; "
                              f"got chunk={chunk}, clean {tuple(clean.shape)}")
@@ -555,9 +557,8 @@ class CausalWan(nn.Module):
             raise ValueError("with a cache, x is one chunk: do not give chunk")
         if commit and cache is None:
             raise ValueError("commit writes into a cache: give cache=net.new_cache()")
-        if cache is not None and cache.frames and len(cache.keys[0][0]) != b:
-            raise ValueError(f"x holds {b} clips, the cache {len(cache.keys[0][0])}: start a new cache for another "
-                             "batch")
+        if cache is not None and cache.frames and cache.batch != b:
+            raise ValueError(f"x holds {b} clips, the cache {cache.batch}: start a new cache for another batch")
         if chunk is not None:
             if chunk < 1 or f % chunk:
                 raise ValueError(f"{f} frames do not divide into chunks of {chunk}: change --frames or --chunk")

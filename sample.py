@@ -41,6 +41,8 @@ import wan21.vae
 import wan21.weights
 from cluster.files import printable, run_command
 from config import STAGES
+from fast.attention import BACKENDS
+from fast.network import Fast
 from flowmap import SOLVERS, Condition, Guided, words_and_rows
 from model import SIZES
 from rollout import grids, rollout_with_prompts
@@ -100,7 +102,8 @@ def parse(argv=None):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--text-device", help="cpu, for a GPU without 11 GB for the text encoder (default: --device)")
     add("--precision", choices=("fp32", "bf16"), help="of network and VAE (default: bf16 for Wan on a GPU, else fp32)")
-    add("--compile", action="store_true", help="torch.compile the blocks")
+    add("--compile", action="store_true", help="torch.compile the blocks, for every shape anew")
+    add("--attention", choices=tuple(BACKENDS), default="", help="its kernel (default: the fastest, measured)")
     add("--batch", type=int, help="clips at a time (default: 12 of the toy world, 1 of Wan)")
     return p.parse_args(argv)
 
@@ -260,8 +263,7 @@ def main(args) -> list[Path]:
     texts, null = texts_of(args, config, world, asked)
     say(f"network of {args.weights}")
     net = wan21.weights.load(config, args.weights, args.device, dtype, args.part)[0].eval().requires_grad_(False)
-    if args.compile:
-        net.compile_blocks()
+    net = Fast(net, args.attention, args.compile)
     if args.guidance != 1:
         net = Guided(net, wan21.text.pad_text([null], config.text_len)[0].to(args.device), args.guidance)
     grid, first_grid = grids(args.steps, args.shift, args.first_steps)

@@ -221,6 +221,11 @@ def tidy(folder: Path, beginnings: list[str]) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Commands
 
+def check_device(device: str, flag: str = "--device") -> None:
+    if device != "cpu" and not (re.fullmatch(r"cuda(:\d+)?", device) and torch.cuda.is_available()):
+        raise ValueError(f"got {flag} {device}, expected cpu, or cuda where there is a GPU")
+
+
 def run_command(main: Callable, stopped: str, *errors: type) -> None:
     """Run a command to its end. An expected error (ValueError, OSError, `errors`) is told in one line, exit code 1;
     Ctrl-C and SIGTERM end it with the message `stopped` and exit code 0."""

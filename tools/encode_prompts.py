@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 
-from cluster.files import run_command
-from model import check_device
+from cluster.files import check_device, run_command
 from wan21 import text
 
 

@@ -48,8 +48,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from cluster.files import metadata_of, read_json, run_command, write_json
-from model import check_device
+from cluster.files import check_device, metadata_of, read_json, run_command, write_json
 from wan21 import text, vae, video
 from wan21.errors import need, reading, say
 from wan21.vae import WAN21

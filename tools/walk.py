@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from cluster.files import metadata_of, run_command, write_json
+from fast.network import Fast
 from flowmap import schedule
 from model import SIZES
 from rollout import rollout_with_prompts
@@ -84,7 +85,7 @@ def main(argv=None) -> dict:
     if not (16 <= args.frames <= 512 and args.paths > 0 and args.rooms > 0 and args.steps > 0):
         raise ValueError(f"got --frames {args.frames} --paths {args.paths} --rooms {args.rooms} --steps {args.steps}, "
                          "expected 16 to 512 frames, and at least one of the others")
-    net = load(config, args.weights)[0].eval().requires_grad_(False)
+    net = Fast(load(config, args.weights)[0].eval().requires_grad_(False))
     print(f"{'frames':<30}" + "".join(f"{f'{a}-{b - 1}':>9}" for a, b in spans(args.frames)))
     found = {}
     for name, way in WAYS.items():

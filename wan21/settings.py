@@ -6,8 +6,8 @@
 from functools import partial
 from pathlib import Path
 
-from cluster.files import metadata_of
-from model import SIZES, check_device, check_window
+from cluster.files import check_device, metadata_of
+from model import SIZES, check_window
 from wan21 import video
 from wan21.errors import flag_of, need, say
 from wan21.families import FAMILIES

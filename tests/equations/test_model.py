@@ -213,7 +213,7 @@ def test_long_rollout_has_flat_memory_and_bounded_positions(tiny):
     fresh = net.new_cache()  # the three frames of them that the next one sees, at positions 0, 1, 2
     fresh.keys = [[layer[i] for i in seen[:3]] for layer in cache.keys]
     fresh.values = [[layer[i] for i in seen[:3]] for layer in cache.values]
-    fresh.frames, fresh.next_frame = [0, 1, 2], 3
+    fresh.frames, fresh.next_frame, fresh.batch = [0, 1, 2], 3, 1
     close(v, net(x[:, :1], t[:, :1], text, cache=fresh), 1e-6)
 
 

@@ -1,7 +1,6 @@
 """Self-rollout: official numbers, gradients that stop at the chunk boundary, and noise that equal times share."""
 
 import gc
-import json
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from conftest import close, close_norm
 from flowmap import Condition, Guided, add_noise, of_frames, sample, schedule, solver_step
 from model import rope_angles, sinusoid
 from rollout import grids, joined, recache, rollout_with_prompts, shared_noise, stream
-from tools import bench
 
 
 def recorded(g, chunk):
@@ -218,7 +216,7 @@ def recomputed(net, clean, x, t, text, chunk, window, sink, relative):
             keys = turned(torch.cat([k[j] for j in sees], 1), positions)
             weights = torch.einsum("bnhd,bmhd->bhnm", turned(q[i], positions[-chunk:]), keys) / dh**0.5
             attended = torch.einsum("bhnm,bmhd->bnhd", weights.softmax(-1), torch.cat([v[j] for j in sees], 1))
-            tokens[i] = block.after(z, attended, time6[i], text)
+            tokens[i] = block.after(z, attended, time6[i], *block.cross_attn.keys_and_values(text))
     v = net.head(tokens[-1], time[-1]).unflatten(1, (chunk, h // 2, w // 2)).unflatten(-1, (2, 2, -1))
     return v.permute(0, 1, 6, 2, 4, 3, 5).flatten(3, 4).flatten(4, 5)
 
@@ -452,20 +450,6 @@ def test_stream_is_lazy_and_continues(tiny):
         next(stream(net, draw, text, schedule(2, 5.0), num_chunks=1, solver="nonsense"))
     with pytest.raises(ValueError, match="exit step"):
         next(stream(net, draw, text, schedule(2, 5.0), num_chunks=1, exit_step=2))
-
-
-def test_bench_measures_both_ways_on_the_same_rollout(tmp_path, monkeypatch):
-    """Bug: two ways that are not of the same clip, a range that does not hold its median, a warm-up that is counted."""
-    monkeypatch.setattr(bench, "TOY", [(2, 2, 6, 4)])
-    rows = bench.main(bench.parse(["--rounds", "3", "--device", "cpu", "--out", str(tmp_path / "speed.json")]))
-    assert [row["commit"] for row in rows] == ["fused", "apart"] and rows[0]["difference"] < 1e-5
-    for row in rows:
-        for name in ("frames_per_second", "first_chunk_s", "last_chunk_s"):
-            low, high = row[f"{name}_range"]
-            assert 0 < low <= row[name] <= high
-    assert json.loads((tmp_path / "speed.json").read_text())["rows"] == rows
-    with pytest.raises(ValueError, match="--rounds 0"):
-        bench.main(bench.parse(["--rounds", "0"]))
 
 
 def test_words_may_change_from_chunk_to_chunk(tiny):

@@ -32,6 +32,7 @@ import train  # noqa: E402
 import wan21.weights  # noqa: E402
 from cluster.files import metadata_of  # noqa: E402
 from config import RECIPE, STAGES  # noqa: E402
+from fast.network import Fast  # noqa: E402
 from findings import mixture  # noqa: E402
 from model import SIZES, CausalWan  # noqa: E402
 from tools import bench, convert, encode_prompts, plan  # noqa: E402
@@ -151,7 +152,9 @@ def run_tool(name, words, monkeypatch):
         monkeypatch.setattr(CausalWan, "compile_blocks", lambda *args, **kwargs: None)  # half a minute; it has a test
         monkeypatch.setattr(bench, "TOY", [(1, 1, 8, 8)])
         monkeypatch.setattr(bench, "WAN", [(1, 1, 3, 3), (3, 4, 6, 6)])
+        monkeypatch.setattr(bench, "Fast", lambda net, compiled=False: Fast(net))
         size = "--height 4 --width 6" if "wan1.3b" in words else ""
+        size += " --rollouts 3x4x6" if "--rollouts" in words else ""
         bench.main(bench.parse([*words, *f"--rounds 1 --device cpu {size}".split()]))
         return
     if name == "walk":
@@ -182,6 +185,8 @@ def run(words, monkeypatch):
         at = words.index("train.py")
         options = dict(zip(words[1:at:2], words[2:at:2]))
         run_train(words[at + 1:], int(options["--nproc_per_node"]) * int(options.get("--nnodes", 1)))
+    elif words[:3] == ["python", "-m", "pytest"]:
+        assert {"on_cuda"} == set(words) & {"on_cuda"}  # these very tests
     elif words[:2] == ["python", "-m"]:
         run_tool(words[2].removeprefix("tools."), words[3:], monkeypatch)
     elif words[0] == "python":
@@ -220,7 +225,7 @@ def test_every_script(home, tmp_path, monkeypatch, script):
     batch that its ranks cannot divide."""
     monkeypatch.setenv("OUT", "runs/script")
     todo = commands_of(ROOT / "runs" / script, tmp_path)
-    assert len(todo) > 5 and {"torchrun", "python"} == {words[0] for words in todo}
+    assert len(todo) > 3 and {words[0] for words in todo} <= {"torchrun", "python"}
     failed = failures(todo, monkeypatch)
     assert not failed, failed
 

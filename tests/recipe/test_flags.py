@@ -60,6 +60,7 @@ SAMPLING = {  # the same of sample.py, all in test_sample.py, but for what is sa
     "wan": "test_flags_of_files_and_devices", "preview": "test_a_public_student_goes_chunk_by_chunk",
     "device": "test_flags_of_files_and_devices", "text_device": "test_flags_of_files_and_devices",
     "precision": "test_flags_of_files_and_devices", "compile": "test_flags_of_files_and_devices",
+    "attention": "test_flags_of_files_and_devices",
     "batch": "test_a_sample_depends_on_its_seed_and_prompt_alone",
     "keep": "test_trajectory.py::test_what_the_window_keeps",
     "trajectory": "test_trajectory.py::test_every_frame_is_made_under_its_own_camera",

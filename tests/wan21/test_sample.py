@@ -20,6 +20,7 @@ import wan21.text  # noqa: E402
 import wan21.vae  # noqa: E402
 import wan21.weights  # noqa: E402
 from flowmap import Guided, euler, schedule  # noqa: E402
+from fast.network import Fast  # noqa: E402
 from model import SIZES, CausalWan  # noqa: E402
 from rollout import grids, recache, stream  # noqa: E402
 from wan21.families import FAMILIES  # noqa: E402
@@ -170,7 +171,7 @@ def test_flags_of_files_and_devices(wan, tmp_path, monkeypatch):
     for name in ("google", "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth"):
         (tmp_path / "elsewhere").mkdir(exist_ok=True)
         (tmp_path / "elsewhere" / name).symlink_to(wan / name)
-    asked, compiled = {}, []
+    asked, made_fast = {}, []
 
     def spied(where, name):
         real = getattr(where, name)
@@ -182,7 +183,7 @@ def test_flags_of_files_and_devices(wan, tmp_path, monkeypatch):
 
     for where, name in ((wan21.text, "load_text_encoder"), (wan21.vae, "load_vae"), (wan21.weights, "load")):
         spied(where, name)
-    monkeypatch.setattr(CausalWan, "compile_blocks", lambda net: compiled.append(net))
+    monkeypatch.setattr(sample, "Fast", lambda net, *how: made_fast.append(how) or Fast(net))
     words = ("--prompt", FOX, "--steps", 1, "--first-steps", 1, "--frames", 3, *SIZE)
     made = {}
     for part in ("", "generator", "generator_ema"):
@@ -190,11 +191,11 @@ def test_flags_of_files_and_devices(wan, tmp_path, monkeypatch):
             tmp_path / "x.safetensors", *(("--part", part) if part else ()))
         made[part] = latents_in(tmp_path / "x.safetensors")
     assert torch.equal(made[""], made["generator_ema"]) and not torch.equal(made[""], made["generator"])
-    assert asked["load_text_encoder"] == (tmp_path / "elsewhere", "cpu") and "load_vae" not in asked and not compiled
-    run("--weights", wan / "student.pt", *words, "--compile", "--precision", "bf16", "--format", "webp", "--out",
-        tmp_path / "clips")
+    assert asked["load_text_encoder"] == (tmp_path / "elsewhere", "cpu") and "load_vae" not in asked
+    run("--weights", wan / "student.pt", *words, "--compile", "--attention", "math", "--precision", "bf16",
+        "--format", "webp", "--out", tmp_path / "clips")
     assert asked["load_vae"] == (wan, "cpu", torch.bfloat16, FAMILIES["wan2.1"]) and asked["load"][3] is torch.bfloat16
-    assert len(compiled) == 1 and next((tmp_path / "clips").glob("*.webp"))
+    assert made_fast == 3 * [("", False)] + [("math", True)] and next((tmp_path / "clips").glob("*.webp"))
 
     class Asked(Exception):
         pass
@@ -433,7 +434,7 @@ def test_vbench_names_and_going_on_after_a_stop(wan, tmp_path, monkeypatch):
     """Bug: names that VBench does not find; a stop that loses finished clips or leaves a half one under its name; a
     second run that makes again what is there."""
     words = ("--prompt", FOX, BALL, "--samples", 2, "--frames", 6, "--vbench", "--out", tmp_path / "videos")
-    real, calls = CausalWan.forward, []
+    real, calls = Fast.__call__, []
 
     def stopped(*args, **how):
         calls.append(1)
@@ -441,13 +442,13 @@ def test_vbench_names_and_going_on_after_a_stop(wan, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*args, **how)
 
-    monkeypatch.setattr(CausalWan, "forward", stopped)
+    monkeypatch.setattr(Fast, "__call__", stopped)
     with pytest.raises(KeyboardInterrupt):
         student(wan, *words, "--preview")
     names = [f"{prompt}-{i}" for prompt in (FOX, BALL) for i in (0, 1)]
     there = {path.name: path.read_bytes() for path in (tmp_path / "videos").iterdir()}
     assert set(there) == {f"{names[0]}.mp4", f"{names[1]}.mp4", f"{names[2]}-unfinished.mp4", "sample.json"}
-    monkeypatch.setattr(CausalWan, "forward", real)
+    monkeypatch.setattr(Fast, "__call__", real)
     assert len(student(wan, *words, "--preview")) == 2
     made = {path.name for path in (tmp_path / "videos").glob("*.mp4")}
     assert made == {f"{name}.mp4" for name in names} | {f"{names[2]}-unfinished.mp4"}  # which is never replaced
@@ -506,7 +507,7 @@ def test_a_mismatch_is_a_warning_that_says_what_to_expect(wan, tmp_path, capsys,
 def test_bad_input_is_named(wan, tmp_path, monkeypatch, words, message):
     """Bug: a traceback from deep inside, or an error after the hour that it took to get there."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(CausalWan, "forward", None)  # nothing may be sampled before
+    monkeypatch.setattr(Fast, "__call__", None)  # nothing may be sampled before
     with pytest.raises(ValueError, match=message):
         student(wan, *words)
 
