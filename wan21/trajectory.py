@@ -31,6 +31,8 @@ KEYS = {  # turns about x and y, steps along x, y and z, by OpenCV's axes: x rig
     "w": (0, 0, 0, 0, 1), "s": (0, 0, 0, 0, -1), "a": (0, 0, -1, 0, 0), "d": (0, 0, 1, 0, 0), "u": (0, 0, 0, -1, 0),
     "dn": (0, 0, 0, 1, 0), "j": (0, -1, 0, 0, 0), "l": (0, 1, 0, 0, 0), "i": (1, 0, 0, 0, 0), "k": (-1, 0, 0, 0, 0)}
 
+WALK = {"forward": "w", "back": "s", "left": "j", "right": "l"}  # the room's actions
+
 
 def moved(key: str) -> Tensor:
     """What takes the coordinates of a camera to those of the camera one step later, float64 `4 4`."""
@@ -59,6 +61,12 @@ def rows_of(viewmats: Tensor) -> Tensor:
     """The rows `f 18` (cameras.py) of these cameras and minWM's intrinsics."""
     intrinsics = torch.tensor([[FX, 0, 0.5], [0, FY, 0.5], [0, 0, 1]])
     return row_of(viewmats, intrinsics.expand(len(viewmats), 3, 3))
+
+
+def step(view: Tensor, action: str) -> tuple[Tensor, Tensor]:
+    """The camera, float64 `4 4`, that an action leads to (none, or one of WALK), and the row `18` of its frame."""
+    view = moved(WALK[action]) @ view if action in WALK else view
+    return view, rows_of(view[None].float())[0]
 
 
 def paths_of(args, config, world, prompts: list[str]) -> dict[str, Tensor]:

@@ -130,6 +130,22 @@ def camera_of(poses: Tensor) -> tuple[Tensor, Tensor]:
     return view, intrinsics.expand(*x.shape, 3, 3)
 
 
+def rows_of(poses: Tensor, actions: Tensor) -> Tensor:
+    """What a network is told of frames, rows `... 23`: the action that led to each `...`, one-hot, and its camera, of
+    poses `... 3`, whose unit of length is HALF."""
+    camera = row_of(*camera_of(poses / torch.tensor([HALF, HALF, 1])))
+    return torch.cat([one_hot(actions, len(ACTIONS)).float(), camera], -1)
+
+
+def step(pose: Tensor, action: str) -> tuple[Tensor, Tensor]:
+    """The pose `3` that an action leads to, and the row `23` of its frame: a walk frame by frame, from heading 0. Its
+    poses are those of integrate, bit by bit, however long it is."""
+    poses, done = integrate(pose[None], torch.tensor([[ACTIONS.index(action)]]))
+    turns = (poses[0, 0, 2:] / TURN).round().long() % TURNS
+    pose = torch.cat([poses[0, 0, :2], TURN * turns])
+    return pose, rows_of(pose, done[0, 0])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Ray casting
 
@@ -360,13 +376,10 @@ class Room:
         return drawn(torch.rand(n, numbers(frames), generator=g), frames)
 
     def embed(self, labels) -> Condition:
-        """Words `b 1 4`, all zero, and a row for each frame, `b f 23`: the action that led to it, one-hot, and its
-        camera, whose unit of length is HALF."""
+        """Words `b 1 4`, all zero, and a row for each frame, `b f 23` (rows_of)."""
         labels = torch.stack(list(labels))
         _, poses, actions = read(labels)
-        camera = row_of(*camera_of(poses / torch.tensor([HALF, HALF, 1])))
-        rows = torch.cat([one_hot(actions, len(ACTIONS)).float(), camera], -1)
-        return Condition(torch.zeros(len(labels), *self.text_shape), rows)
+        return Condition(torch.zeros(len(labels), *self.text_shape), rows_of(poses, actions))
 
     def parse(self, prompt: str) -> Tensor:
         """The label `11+f` of a walk that starts in the middle of a room, by its actions, "forward left left"."""

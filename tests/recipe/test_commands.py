@@ -26,6 +26,7 @@ from tiny_wan import WIDTH, write_text_encoder, write_vae  # noqa: E402
 
 import config  # noqa: E402
 import evaluate  # noqa: E402
+import play  # noqa: E402
 import reproduce  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
@@ -138,6 +139,10 @@ def run_sample(words):
     assert out is None or Path(out).exists()
 
 
+def run_play(words):
+    play.Player(play.parse(words)).close()
+
+
 def run_reproduce(words, monkeypatch):
     monkeypatch.setattr(mixture, "N_EVAL", 200)
     few = ["--fast", *([] if "--seeds" in words else ["--seeds", "1"])]
@@ -193,7 +198,7 @@ def run(words, monkeypatch):
         if words[1] == "reproduce.py":
             run_reproduce(words[2:], monkeypatch)
         else:
-            {"train.py": run_train, "sample.py": run_sample}[words[1]](words[2:])
+            {"train.py": run_train, "sample.py": run_sample, "play.py": run_play}[words[1]](words[2:])
     else:
         assert words == ["pytest"], words
 

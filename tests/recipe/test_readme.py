@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT
 
 import config
+import play
 import reproduce
 import sample
 
@@ -125,8 +126,8 @@ def parse(words):
         return True
     if words[:2] == ["python", "-m"]:
         importlib.import_module(words[2]).parse(words[3:])
-    elif words[:1] == ["python"] and words[1] in ("sample.py", "reproduce.py"):
-        {"sample.py": sample, "reproduce.py": reproduce}[words[1]].parse(words[2:])
+    elif words[:1] == ["python"] and words[1] in ("sample.py", "play.py", "reproduce.py"):
+        {"sample.py": sample, "play.py": play, "reproduce.py": reproduce}[words[1]].parse(words[2:])
     elif "train.py" in words[:2] or words[:1] == ["torchrun"]:
         start = words.index("train.py")
         if "--help" not in words:
@@ -155,7 +156,7 @@ def flags_of(parse, capsys) -> set[str]:
 def test_every_flag_exists(capsys):
     """Bug: a flag that is told of and that no command has."""
     known = {*TORCHRUN, "--help"}
-    for module in (config, sample, reproduce, *(importlib.import_module(f"tools.{name}") for name in TOOLS)):
+    for module in (config, sample, play, reproduce, *(importlib.import_module(f"tools.{name}") for name in TOOLS)):
         known |= flags_of(module.parse, capsys)
     of_a_diff = re.findall(r"^\+ +(\w+): .* = flag\(", TEXT, re.M)
     known |= {"--" + name.replace("_", "-") for name in of_a_diff}
