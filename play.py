@@ -1,7 +1,7 @@
 """Play a student in the browser, in real time: walk through the room that it draws, or tell it what to draw next.
 
     python play.py                                      # the newest student in runs/, or assets/room.safetensors
-    python play.py --weights assets/toy.safetensors     # the toy world: its prompts are buttons
+    python play.py --weights runs/toy/salt.safetensors  # the toy world: its prompts are buttons
     python play.py --weights student.pt --wan Wan2.1-T2V-1.3B    # video, on a GPU; prompts are typed while it runs
 
 Arrow keys or W A S D walk; t shows the truth beside it, the same walk through a hidden room that the seed chooses. Of
@@ -45,7 +45,6 @@ from wan21.settings import newest_student, trained_for
 from worlds import WORLDS, draws, room
 
 ASSETS = Path(__file__).parent / "assets"
-SHIPPED = (ASSETS / "room.safetensors", ASSETS / "toy.safetensors")  # students that come with the project
 FPS = 12  # frames per second of a world; video has its own
 STEPS = (1, 2, 4)
 STARTS = {"nothing": 0, "frame": 1, "look": room.TURNS}  # how many true frames are given
@@ -75,16 +74,6 @@ def parse(argv=None):
     return p.parse_args(argv)
 
 
-def weights_to_play() -> Path:
-    """The newest student in runs/, or else one that comes with the project. ValueError if there is neither."""
-    try:
-        return newest_student()
-    except ValueError:
-        if there := [path for path in SHIPPED if path.exists()]:
-            return there[0]
-        raise
-
-
 def since_start(words: Tensor, history: list):
     """The condition of all frames since the first, for recache: zeros where the history does not reach, unread."""
     first, x0, condition = history[-1]
@@ -108,7 +97,7 @@ class Player:
         """args: what `parse` returns. ValueError if the weights are no causal few-step student."""
         need(args, 0 <= args.seed < 2**53, "seed", "a number from 0 to 2^53 - 1")
         check_device(args.device)
-        self.path, self.device = args.weights or weights_to_play(), args.device
+        self.path, self.device = args.weights or newest_student(), args.device
         weights, metadata = wan21.weights.read_weights(self.path)
         size = metadata.get("size") or wan21.weights.size_of(weights, self.path)
         trained = trained_for(with_stage(metadata), size) if str(size) in SIZES else {"stage": f"size {size}"}

@@ -22,11 +22,18 @@ RECORDED = {  # settings that a checkpoint of train.py records, and their types
     "guidance": float | int, "shift": float | int, "mixed_steps": list | tuple}
 
 
+SHIPPED = Path(__file__).resolve().parent.parent / "assets" / "room.safetensors"  # made by tools/ship.py
+
+
 def newest_student() -> Path:
-    """The autoregressive student last trained, of any run."""
+    """The autoregressive student last trained, of any run; without one, that of the room which comes with this project.
+    """
     found = {path: metadata_of(path) for path in Path("runs").glob("*/*.safetensors") if not path.stem.endswith("_raw")}
     saved = {path: metadata["saved"] for path, metadata in found.items() if metadata.get("causal")
              and metadata.get("few_step") and isinstance(metadata.get("saved"), float | int)}
+    if not saved and SHIPPED.exists():
+        say(f"no student in runs/ yet: using {SHIPPED}, which comes with this project")
+        return SHIPPED
     if not saved:
         raise ValueError("got no student in runs/, expected one: run `python train.py` first, or give --weights")
     return max(saved, key=saved.get)

@@ -23,6 +23,7 @@ from conftest import ROOT
 from PIL import Image
 
 import play
+import wan21.settings
 from cluster.files import write_tensors
 from flowmap import Condition, schedule
 from model import SIZES, CausalWan
@@ -59,7 +60,9 @@ def students(tmp_path_factory):
 def still(students, monkeypatch):
     """still("room"): a player whose thread makes nothing. It follows the orders it is given by `follow`."""
     monkeypatch.setattr(play.Player, "run", lambda self: None)
-    return lambda size, *words: play.Player(play.parse(["--weights", str(students.get(size, size)), *words]))
+    def make(size, *words):
+        return play.Player(play.parse([*(["--weights", str(students.get(size, size))] if size else []), *words]))
+    return make
 
 
 @torch.no_grad()
@@ -173,15 +176,15 @@ def test_bf16_weights_are_played_in_fp32(still, tmp_path):
 def test_what_is_played_by_default(still, students, tmp_path, monkeypatch):
     """Bug: a shipped student in place of one's own, an old one of one's own, a teacher, which blurs."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(play, "SHIPPED", (tmp_path / "none.safetensors", students["toy"]))
-    assert play.weights_to_play() == students["toy"]
-    monkeypatch.setattr(play, "SHIPPED", ())
+    monkeypatch.setattr(wan21.settings, "SHIPPED", students["toy"])
+    assert still(None).path == students["toy"]
+    monkeypatch.setattr(wan21.settings, "SHIPPED", tmp_path / "none.safetensors")
     with pytest.raises(ValueError, match=r"train.py.*--weights"):
-        play.weights_to_play()
+        still(None)
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     mine = write_student(tmp_path / "runs" / "mine" / "salt.safetensors", "toy")
-    monkeypatch.setattr(play, "SHIPPED", (students["toy"],))
-    assert play.weights_to_play().resolve() == mine
+    monkeypatch.setattr(wan21.settings, "SHIPPED", students["toy"])
+    assert still(None).path.resolve() == mine
     teacher = write_student(tmp_path / "teacher.safetensors", "toy", few_step=False, stage="teacher_forcing")
     for words, flag in ((["--seed", "-1"], "--seed -1"), (["--device", "tpu"], "--device")):
         with pytest.raises(ValueError, match=flag):

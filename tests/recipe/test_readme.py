@@ -22,7 +22,7 @@ DOCS = {path.relative_to(ROOT / "docs").with_suffix("").as_posix(): path.read_te
 TEXT = "\n".join([README, *DOCS.values()])
 SCRIPTS = sorted((ROOT / "runs").glob("*.sh"))
 TESTS = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "tests").glob("*/test_*.py")}
-TOOLS = "convert encode_prompts prepare plan bench walk".split()
+TOOLS = "convert encode_prompts prepare plan bench walk ship".split()
 TORCHRUN = {"--nproc_per_node", "--nnodes", "--max-restarts", "--rdzv-backend", "--rdzv-endpoint",
             "--shutdown-timeout"}
 PLACEHOLDERS = {"NAME": "dmd4", "S": "0", "N": "1"}

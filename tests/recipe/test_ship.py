@@ -1,0 +1,37 @@
+"""The students that come with the project can do what their record says."""
+
+import pytest
+import torch
+from conftest import ROOT
+
+from cluster.files import metadata_of, read_tensors, write_tensors
+from tools import ship
+
+SHIPPED = sorted((ROOT / "assets").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_student_is_as_good_as_its_record(path):
+    """Bug: weights of another run, or code that no longer plays them as they were trained."""
+    made = metadata_of(path)["made"]
+    assert made["command"].startswith("python train.py") and path.stat().st_size < 4e6
+    found = ship.measured(path)
+    assert found.keys() == made["measured"].keys()
+    for name, value in found.items():
+        assert abs(value - made["measured"][name]) <= 0.02 * abs(value) + 1e-3, name
+
+
+def test_what_is_shipped(tmp_path, monkeypatch):
+    """Bug: weights that are not the student's, a teacher that is shipped as one, a record without its command."""
+    monkeypatch.setattr(ship, "measured", lambda path: {"validity": 0.5})
+    weights, metadata = read_tensors(SHIPPED[0])
+    src, out = tmp_path / "salt.safetensors", tmp_path / "room.safetensors"
+    write_tensors(src, {name: w.float() for name, w in weights.items()}, metadata)
+    ship.main([str(src), str(out), "--command", "python train.py --world room --seed 5"])
+    shipped, about = read_tensors(out)
+    assert about["made"]["command"].endswith("--seed 5") and about["made"]["measured"] == {"validity": 0.5}
+    assert "tmp" not in str(about["config"])
+    assert all(w.dtype == torch.bfloat16 and torch.equal(w, weights[name]) for name, w in shipped.items())
+    write_tensors(src, weights, metadata | {"stage": "teacher_forcing"})
+    with pytest.raises(ValueError, match="few-step student"):
+        ship.main([str(src), str(out), "--command", "x"])
