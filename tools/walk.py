@@ -1,7 +1,7 @@
 """How long a model of the room remembers: true frames of a whole turn, then a long walk, whose frames are compared with
 the truth where the given ones determine them (worlds/room.py), by their distance in time.
 
-    python -m tools.walk --weights runs/room/salt.safetensors --out results/room_walk_cpu.json
+    python -m tools.walk --weights runs/room/salt.safetensors --frames 256 --out results/room_walk_cpu.json
 
 Every way to bound the cache walks the same paths, from the same noise: all frames (as far as they go, positions that
 the network has never seen among them), the latest of a window, a sink as long as the turn, and the window that covers
@@ -10,11 +10,12 @@ the poses seen (cameras.covering). An error of 1 is the world's variance; two ot
 
 import argparse
 import statistics
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from cluster.files import metadata_of, run_command, write_json
+from cluster.files import metadata_of, replacing, run_command, write_json
 from fast.network import Fast
 from flowmap import schedule
 from model import SIZES
@@ -44,6 +45,7 @@ def parse(argv=None):
     p.add_argument("--rooms", type=int, default=16, help="in which each path is walked (default: 16)")
     p.add_argument("--steps", type=int, default=2, help="denoising steps per frame (default: 2)")
     p.add_argument("--out", type=Path, help="a .json for the numbers")
+    p.add_argument("--figure", type=Path, help="a .png for their curves; needs matplotlib")
     return p.parse_args(argv)
 
 
@@ -75,6 +77,24 @@ def errors(net, path: int, way: tuple, args) -> list[float]:
     return [error[:, a:b][known[:, a:b]].mean().item() for a, b in spans(args.frames)]
 
 
+def draw(found: dict[str, list[float]], ends: list[tuple[int, int]], path: Path) -> None:
+    """Every way's errors over the frames of a walk."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, ax = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
+    for (name, errors), marker in zip(found.items(), "osv^Dxd"):
+        ax.plot([(a + b - 1) / 2 for a, b in ends], errors, marker=marker, markersize=4, linewidth=1, label=name)
+    ax.set(xscale="log", xlabel="frame (0 to 11 are given: a whole turn)", ylabel="error where the turn determines it",
+           ylim=(0, None))
+    ax.set_xticks([a for a, _ in ends], [str(a) for a, _ in ends])
+    ax.minorticks_off()
+    ax.legend(fontsize=8)
+    with replacing(path) as fresh:
+        figure.savefig(fresh, format="png", dpi=80)
+    pyplot.close(figure)
+
+
 def main(argv=None) -> dict:
     """Print and return way -> mean error over the paths in every span of frames."""
     args = parse(argv)
@@ -85,13 +105,17 @@ def main(argv=None) -> dict:
     if not (16 <= args.frames <= 512 and args.paths > 0 and args.rooms > 0 and args.steps > 0):
         raise ValueError(f"got --frames {args.frames} --paths {args.paths} --rooms {args.rooms} --steps {args.steps}, "
                          "expected 16 to 512 frames, and at least one of the others")
-    net = Fast(load(config, args.weights)[0].eval().requires_grad_(False))
+    if args.figure and not find_spec("matplotlib"):
+        raise ValueError("got --figure without matplotlib, expected it: pip install matplotlib")
+    net = Fast(load(config, args.weights, dtype=torch.float32)[0].eval().requires_grad_(False))
     print(f"{'frames':<30}" + "".join(f"{f'{a}-{b - 1}':>9}" for a, b in spans(args.frames)))
     found = {}
     for name, way in WAYS.items():
         by_path = [errors(net, path, way, args) for path in range(args.paths)]
         found[name] = [statistics.fmean(e for e in of if e == e) for of in zip(*by_path)]
         print(f"{name:<30}" + "".join(f"{e:>9.4f}" for e in found[name]), flush=True)
+    if args.figure:
+        draw(found, spans(args.frames), args.figure)
     if args.out:
         write_json(args.out, {"weights": metadata["stage"], "steps": args.steps, "frames": args.frames,
                               "paths": args.paths, "rooms": args.rooms, "spans": spans(args.frames), "errors": found},

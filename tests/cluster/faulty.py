@@ -1,7 +1,6 @@
 """Runs of train.py with a fault in them, for test_faults.py.
 
     FAULT="kill:at=stage.update_ema:call=4:rank=1" python tests/cluster/faulty.py --stage bidirectional ...
-    python tests/cluster/faulty.py serve     # many runs, each forked from a process with all imports done: see serve
 
 A fault is a KIND of FAULTS and where it happens: before (when=after: after) the calls number call=3, or call=3,4,5, of
 the function at=MODULE.NAME, on rank=1 (on each, if not given); arg=TEXT counts only the calls whose first argument ends
@@ -22,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 
 def flip(path):
@@ -90,41 +89,13 @@ def train(flags):
         kind, *how = fault.split(":")
         plant(kind, **dict(x.split("=") for x in how))
     import config
+    import forks
+    forks.resize()
     settings, config_of = json.loads(os.environ.get("SETTINGS", "{}")), config.config_of
     config.config_of = lambda given: replace(config_of(given), **settings)
     sys.argv = [str(ROOT / "train.py"), *flags]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def serve():
-    """For every line of stdin, a JSON list of ranks ({"flags", "env", "log"}) and a time limit: run them side by side,
-    and print a JSON list of their exit codes; a negative one is a signal, -9 also for what took too long."""
-    import torch._dynamo  # noqa: F401  # an optimizer imports it when it is made
-
-    import train  # noqa: F401
-    for line in sys.stdin:
-        ranks, limit = json.loads(line)
-        pids = [fork(**how) for how in ranks]
-        ended, deadline = {}, time.time() + limit
-        while len(ended) < len(pids):
-            for pid in set(pids) - set(ended):
-                if time.time() > deadline:
-                    os.kill(pid, signal.SIGKILL)
-                done, status = os.waitpid(pid, os.WNOHANG)
-                if done:
-                    ended[pid] = os.waitstatus_to_exitcode(status)
-            time.sleep(0.01)
-        print(json.dumps([ended[pid] for pid in pids]), flush=True)
-
-
-def fork(flags, env, log):
-    if pid := os.fork():
-        return pid
-    for handle, name in ((0, "/dev/null"), (1, log + ".out"), (2, log + ".err")):
-        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), handle)
-    os.environ |= env
-    sys.exit(train(flags))
-
-
 if __name__ == "__main__":
-    serve() if sys.argv[1:] == ["serve"] else train(sys.argv[1:])
+    train(sys.argv[1:])

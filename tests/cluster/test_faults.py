@@ -7,14 +7,11 @@ Runs of two ranks are started as any launcher would start them; torchrun itself 
 import json
 import os
 import shutil
-import socket
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, launch
 from faulty import flip
 from test_latents import flip as flip_tensor
 from test_train import equal, logged
@@ -24,6 +21,8 @@ import train
 from cluster import checkpoint
 from cluster.files import read_tensors, write_tensors
 from worlds import draws, latent_folder
+
+pytestmark = pytest.mark.usefixtures("small")
 
 FAULTY = ROOT / "tests" / "cluster" / "faulty.py"
 FLAGS = "--stage bidirectional --batch 4 --frames 3 --save-every 2 --device cpu --data random --timeout 60".split()
@@ -50,35 +49,21 @@ class Ended:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(start, tmp_path_factory):
     """run(out, *flags, fault="", ranks=1, mine={rank: flags}, absent=(rank,), **settings) -> Ended. settings: those
     that have no flag. No run takes over two minutes."""
-    env = {k: v for k, v in os.environ.items() if k != "FAULT"} | {"OMP_NUM_THREADS": "1"}
-    server = subprocess.Popen([sys.executable, FAULTY, "serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                              text=True, env=env, cwd=tmp_path_factory.mktemp("cwd"))
+    cwd = tmp_path_factory.mktemp("cwd")
 
     def run(out, *flags, fault="", ranks=1, mine=None, absent=(), **settings):
-        env = [{"FAULT": fault, "SETTINGS": json.dumps(settings)} for _ in range(ranks)]
-        if ranks > 1:
-            with socket.socket() as s:
-                s.bind(("127.0.0.1", 0))
-                port = s.getsockname()[1]
-            for r in range(ranks):
-                env[r] |= {"RANK": f"{r}", "LOCAL_RANK": f"{r}", "WORLD_SIZE": f"{ranks}", "MASTER_PORT": f"{port}",
-                           "LOCAL_WORLD_SIZE": f"{ranks}", "MASTER_ADDR": "127.0.0.1"}
-        flags = [*FLAGS, "--bidirectional-steps", STEPS[ranks], "--out", out, *flags]
-        logs = tmp_path_factory.mktemp("logs")
+        env = {"FAULT": fault, "SETTINGS": json.dumps(settings)}
         there = [r for r in range(ranks) if r not in absent]
-        job = [{"flags": [str(x) for x in (*flags, *(mine or {}).get(r, ()))], "env": env[r], "log": f"{logs / str(r)}"}
-               for r in there]
-        server.stdin.write(json.dumps([job, 120]) + "\n")
-        server.stdin.flush()
-        codes = json.loads(server.stdout.readline())
-        return Ended(codes, *([(logs / f"{r}.{end}").read_text() for r in there] for end in ("out", "err")))
+        launched = launch(ranks) if ranks > 1 else [{}]
+        runs = [start(FAULTY, *FLAGS, "--bidirectional-steps", STEPS[ranks], "--out", out, *flags,
+                      *(mine or {}).get(r, ()), cwd=cwd, **env, **launched[r]) for r in there]
+        ended = [one.ended() for one in runs]
+        return Ended([x.returncode for x in ended], [x.stdout for x in ended], [x.stderr for x in ended])
 
-    yield run
-    server.stdin.close()
-    assert server.wait(timeout=10) == 0
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -88,14 +73,6 @@ def straight(run, tmp_path_factory):
     for ranks, out in folders.items():
         run(out, ranks=ranks).fine()
     return folders
-
-
-def torchrun(out, fault, restarts):
-    """The same on two ranks by torchrun."""
-    words = ["torch.distributed.run", "--standalone", "--nproc_per_node", 2, "--max-restarts", restarts, FAULTY, *FLAGS,
-             "--bidirectional-steps", STEPS[2], "--out", out]
-    return subprocess.run([sys.executable, "-m", *map(str, words)], capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "FAULT": fault})
 
 
 def weights(out, suffix=""):
@@ -117,9 +94,11 @@ def intact(out):
 
 # -- a process that dies ----------------------------------------------------------------------------------------------
 
-def test_killed_rank_is_restarted_by_torchrun(straight, tmp_path):
+def test_killed_rank_is_restarted_by_torchrun(python, straight, tmp_path):
     """Bug: a rank left waiting for a dead one; a restart from the beginning, or with steps logged twice."""
-    ran = torchrun(tmp_path / "a", "kill:at=stage.update_ema:call=4:rank=1", restarts=1)
+    words = ["torch.distributed.run", "--standalone", "--nproc_per_node", 2, "--max-restarts", 1, FAULTY, *FLAGS,
+             "--bidirectional-steps", STEPS[2], "--out", tmp_path / "a"]
+    ran = python("-m", *words, FAULT="kill:at=stage.update_ema:call=4:rank=1")
     assert ran.returncode == 0, ran.stderr
     assert "exitcode: -9" in ran.stderr
     same(tmp_path / "a", straight[2])
@@ -167,9 +146,8 @@ def test_save_that_one_rank_fails(run, straight, tmp_path):
 
 def test_sigterm_to_one_rank_stops_all_gently(run, straight, tmp_path):
     """Bug: one rank stops and the others wait for it; a second SIGTERM, of the launcher, that kills in the middle."""
-    out = tmp_path / "a"
-    ran = torchrun(out, "term:at=stage.update_ema:call=3:rank=1 term:at=stage.update_ema:call=3:rank=1", restarts=0)
-    assert ran.returncode == 0 and "stopped; the same command resumes" in ran.stdout, ran.stderr
+    out, term = tmp_path / "a", "term:at=stage.update_ema:call=3:rank=1"
+    assert "stopped; the same command resumes" in run(out, ranks=2, fault=f"{term} {term}").fine().out[0]
     assert intact(out) == [2, 3] and [line["step"] for line in logged(out)] == [0, 1, 2]
     run(out, ranks=2).fine()
     same(out, straight[2])
@@ -259,7 +237,7 @@ def test_pruning_spares_what_is_intact(run, straight, stopped, tmp_path):
     same(out, straight[1])
 
 
-@pytest.mark.parametrize("keep", [1, 2, 3])
+@pytest.mark.parametrize("keep", [1, 2])
 def test_keep(run, tmp_path, keep):
     """Bug: one too many or too few; old ones deleted before the new one was read back."""
     out = tmp_path / "a"
@@ -372,12 +350,11 @@ def test_rank_that_never_comes(run, tmp_path):
     run(tmp_path / "a", "--timeout", 3, ranks=2, absent=(1,)).said("RankError: got no meeting of all ranks")
 
 
-@pytest.mark.parametrize("flag, here, there", [("--dmd-lr", 4e-4, 1e-3), ("--save-every", 2, 1)])
-def test_ranks_with_other_flags(run, tmp_path, flag, here, there):
+def test_ranks_with_other_flags(run, tmp_path):
     """Bug: ranks that train different things, or a deadlock once one saves and the other does not."""
-    ran = run(tmp_path / "a", ranks=2, mine={1: (flag, there)})
+    ran = run(tmp_path / "a", ranks=2, mine={1: ("--save-every", 1)})
     for r in range(2):
-        ran.said(f"RankError: ranks disagree: got {flag} {here} on rank 0 and {flag} {there} on rank 1", rank=r)
+        ran.said("RankError: ranks disagree: got --save-every 2 on rank 0 and --save-every 1 on rank 1", rank=r)
 
 
 def test_ranks_that_draw_another_rollout(run, tmp_path):

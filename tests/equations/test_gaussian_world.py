@@ -139,11 +139,11 @@ def test_following_dmd_with_a_learned_critic_reaches_the_teacher():
         x, t = x[..., 0, 0], t.flatten()[0].item()
         return video(DATA.velocity(x, t) + x @ weights[t][:2] + weights[t][2])
 
-    generator = torch.optim.SGD([mean, factor], lr=0.02)
-    learner = torch.optim.Adam(weights.values(), lr=0.01, betas=(0.5, 0.9))
-    for step in range(1500):
+    generator = torch.optim.SGD([mean, factor], lr=0.05)
+    learner = torch.optim.Adam(weights.values(), lr=0.03, betas=(0.5, 0.9))
+    for step in range(400):
         t = TIMES[step % 3]
-        for _ in range(4):
+        for _ in range(2):
             learner.zero_grad()
             sum(critic_loss(critic, generated(mean, factor), None, at(s), video(EPS))[0] for s in TIMES).backward()
             learner.step()

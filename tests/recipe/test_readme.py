@@ -204,6 +204,23 @@ def test_tables_of_the_room_are_those_of_the_results():
         name: numbers for name, *numbers in rows("Long walks", DOCS["world_model"])}
 
 
+def test_tables_of_speed_are_those_of_the_results():
+    """Bug: a number that was typed, or that belongs to another run."""
+    def told(seconds):
+        return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
+
+    assert rows("Beside the official code", DOCS["speed"]) == [
+        [r["what"], *(told(r[way]["cpu_seconds"]) for way in ("official", "plain", "fast")),
+         f"{1 / r['fast']['ratio']:.2f}x"] for r in results("official_cpu")["rows"]]
+    measured = {(r["steps"], r["way"]): r for r in results("rollout_toy_cpu")["rows"]}
+    assert rows("A benchmark that can be believed", DOCS["speed"]) == [
+        [str(steps), *(f"{measured[steps, way]['frames_per_second']:.0f}" for way in ("apart", "plain", "fast"))]
+        for steps in (1, 2, 4)]
+    assert rows("Training", DOCS["speed"]) == [
+        [f"`{stage}`", *(f"{of[way]:.3f}" for way in ("before", "now")), f"{of['before'] / of['now']:.2f}x"]
+        for stage, of in results("training_toy_cpu")["seconds_an_update"].items()]
+
+
 def test_tables_are_those_of_the_results():
     """Bug: a number that was typed, or that belongs to another run."""
     measured = results("toy_cpu")["rows_eval_seed_1_512_clips"]
