@@ -10,14 +10,12 @@ import resource
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, wait_for
 from PIL import Image
 from test_train import TINY, config
 
@@ -33,6 +31,8 @@ from cluster.files import metadata_of, read_tensors, write_tensors
 from model import SIZES, CausalWan
 from tools import convert, plan, prepare
 from worlds import latent_folder
+
+pytestmark = pytest.mark.usefixtures("small")
 
 
 @pytest.fixture(scope="module")
@@ -60,25 +60,24 @@ def sampled(*words):
 
 # -- whose folder, whose settings -------------------------------------------------------------------------------------
 
-HOLD = f"""
+HOLD = """
 import sys, time
-sys.path.insert(0, {str(ROOT)!r})
 from cluster.files import in_use
 with in_use(sys.argv[1]):
     print("in", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 
-def test_two_runs_on_one_folder(tmp_path):
+def test_two_runs_on_one_folder(start, tmp_path):
     """Bug: two runs that write into each other's files, both with exit code 0; a lock that outlives who held it."""
-    other = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True)
-    assert other.stdout.readline() == "in\n"
+    other = start("-c", HOLD, tmp_path)
+    wait_for(lambda: other.out.read_text() == "in\n")
     with pytest.raises(ValueError, match=f"--out .*in use by process {other.pid} on .*--out"):
         train.main(config(tmp_path, stage="bidirectional"))
     assert sorted(path.name for path in tmp_path.iterdir()) == [".in_use"]
-    other.kill()
-    other.wait()
+    os.kill(other.pid, signal.SIGKILL)
+    other.ended()
     train.main(config(tmp_path, stage="bidirectional"))
     assert (tmp_path / "bidirectional.safetensors").exists()
 
@@ -298,14 +297,12 @@ def test_a_folder_of_samples_keeps_no_stale_clip(tmp_path, student):
         sampled(*words, "--prompt", "red ball", "blue bar")
 
 
-def test_two_at_a_time_in_one_new_folder(tmp_path, student):
+def test_two_at_a_time_in_one_new_folder(start, tmp_path, student):
     """Bug: FileNotFoundError, as both write sample.json."""
-    words = [sys.executable, ROOT / "sample.py", "--weights", student(), "--frames", 2, "--format", "latents", "--out",
+    words = [ROOT / "sample.py", "--weights", student(), "--frames", 2, "--format", "latents", "--out",
              tmp_path / "clips", "--device", "cpu"]
-    both = [subprocess.Popen([str(x) for x in (*words, "--seed", seed)], stderr=subprocess.PIPE, text=True)
-            for seed in (0, 100)]
-    said = [run.communicate(timeout=120)[1] for run in both]
-    assert [run.returncode for run in both] == [0, 0], said
+    both = [run.ended() for run in [start(*words, "--seed", seed) for seed in (0, 100)]]
+    assert [run.returncode for run in both] == [0, 0], both
     assert len(list((tmp_path / "clips").glob("*.safetensors"))) == 24
 
 
@@ -534,12 +531,11 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".webp"])
-def test_a_video_on_a_full_disk(tmp_path, suffix):
+def test_a_video_on_a_full_disk(python, tmp_path, suffix):
     if suffix == ".mp4":
         pytest.importorskip("av")
     script = f"""
 import resource, sys
-sys.path.insert(0, {str(ROOT)!r})
 import numpy as np, wan21.video
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
 try:
@@ -548,7 +544,7 @@ try:
 except OSError as e:
     sys.exit(f"OSError: {{e}}")
 """
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    ran = python("-c", script)
     assert ran.returncode == 1 and ran.stderr.splitlines()[-1].startswith("OSError: got no space"), ran.stderr
     assert list(tmp_path.iterdir()) == []
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
@@ -638,15 +634,14 @@ def test_numbers_that_cannot_be_in_sampling(tmp_path, student, words):
     "tools.convert student.pt o --stage causal_cd --chunk 5", "tools.convert student.pt o --stage nonsense",
     "train.py --teacher-size wan1.3b --teacher-out .", "train.py --size nonsense", "train.py --size wan1.3b --height 0",
     "sample.py --weights . --prompt x", "sample.py --weights no.pt --out .", "train.py --stage evaluate --out nowhere"])
-def test_commands_that_cannot_be(tmp_path, words):
+def test_commands_that_cannot_be(python, tmp_path, words):
     """Bug: a traceback; an error after the time that it took to get there; a file that was left."""
     net = CausalWan(dataclasses.replace(SIZES["wan_tiny"]))
     torch.save(net.init_weights(0).state_dict() if "student" in words else {}, tmp_path / "student.pt")
     before = sorted(tmp_path.iterdir())
     command, *flags = words.split()
     program = ["-m", command] if command.startswith("tools.") else [ROOT / command]
-    ran = subprocess.run([sys.executable, *program, *flags], cwd=tmp_path, text=True, capture_output=True, timeout=100,
-                         env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)})
+    ran = python(*program, *flags, cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
     assert ran.returncode == 1 and "Traceback" not in ran.stderr, ran.stderr
     assert ran.stderr.splitlines()[-1].startswith(("ValueError: got", "OSError: got")), ran.stderr
     assert sorted(tmp_path.iterdir()) == before
@@ -682,32 +677,30 @@ def test_a_damaged_shard_of_prepare(tmp_path, name, damage):
 
 
 @pytest.mark.parametrize("command", ["train", "sample"])
-def test_sigterm_ends_every_command_with_code_0(tmp_path, student, command):
+def test_sigterm_ends_every_command_with_code_0(start, tmp_path, student, command):
     """Bug: a scheduler's SIGTERM outside of an update that ends in code -15, without a word of how to resume."""
     flags = [w for k, v in {**TINY, "bidirectional_steps": 1, "eval_clips": 100_000, "out": tmp_path / "run"}.items()
              for w in (f"--{k.replace('_', '-')}", str(v))]
     words = {"train": ["train.py", "--stage", "bidirectional", *flags],  # it will be measuring for long
              "sample": ["sample.py", "--weights", student(), "--prompt", "red ball", "--frames", 100_000, "--out",
                         tmp_path / "long.safetensors", "--device", "cpu"]}[command]
-    run = subprocess.Popen([sys.executable, ROOT / words[0], *map(str, words[1:])], stdout=subprocess.PIPE,
-                           stderr=subprocess.PIPE, text=True)
-    seen = run.stdout.readline()  # the settings, or the steps: past the imports
+    run = start(ROOT / words[0], *words[1:])
+    wait_for(run.out.read_text)  # the settings, or the steps: past the imports
     time.sleep(1.0)
-    run.send_signal(signal.SIGTERM)
-    _, err = run.communicate(timeout=60)
-    assert run.returncode == 0 and seen and err.splitlines()[-1].startswith("stopped"), err
-    assert "Traceback" not in err
+    os.kill(run.pid, signal.SIGTERM)
+    ended = run.ended()
+    assert ended.returncode == 0 and ended.stderr.splitlines()[-1].startswith("stopped"), ended
+    assert "Traceback" not in ended.stderr
 
 
 @pytest.mark.parametrize("error, said", [
     ("RuntimeError('mat1 and mat2 cannot be multiplied')", "unexpected RuntimeError: mat1 and mat2 cannot"),
     ("torch.OutOfMemoryError('CUDA out of memory. Tried')", "OutOfMemoryError: CUDA out of memory")])
-def test_the_traceback_of_an_error_in_the_code_is_kept(tmp_path, error, said):
+def test_the_traceback_of_an_error_in_the_code_is_kept(python, tmp_path, error, said):
     """Bug: hours of a run, and then no word of the line where somebody's change has failed."""
-    script = (f"import sys, torch\nsys.path.insert(0, {str(ROOT)!r})\nfrom cluster.files import run_command\n"
+    script = ("import torch\nfrom cluster.files import run_command\n"
               f"def my_change():\n    raise {error}\nrun_command(my_change, 'stopped')")
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100,
-                         env=os.environ | {"TMPDIR": str(tmp_path)})
+    ran = python("-c", script, TMPDIR=tmp_path)
     assert ran.returncode == 1 and ran.stderr.startswith(said) and len(ran.stderr.splitlines()) == 2
     if said.startswith("unexpected"):
         (kept,) = tmp_path.iterdir()

@@ -1,12 +1,11 @@
 """The papers' other methods: each by what defines it, in hand-computed losses and in what its updates really do."""
 
-import dataclasses
 
 import pytest
 import torch
 from conftest import close
 from exact_worlds import normals
-from test_train import config, equal
+from test_train import FUNCTIONS, config, equal
 
 import evaluate
 import model
@@ -19,9 +18,11 @@ from cluster.files import metadata_of, read_tensors
 from config import RECIPE, STAGES, check, start_of
 from dmd import dmd_gradient, surrogate_loss
 from flowmap import add_noise, per_frame, schedule
-from model import SIZES, CausalWan
+from model import CausalWan
 from stage import is_finished, source_of
 from worlds.draws import Draw
+
+pytestmark = pytest.mark.usefixtures("small")
 
 
 def constant(value):
@@ -179,15 +180,6 @@ def test_discriminator_losses_and_gradients():
 
 # -- what the updates do ----------------------------------------------------------------------------------------------
 
-@pytest.fixture(scope="module", autouse=True)
-def smaller():
-    """A toy network that is a tenth of the size: what is tested here does not depend on it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SIZES, "toy", dataclasses.replace(SIZES["toy"], dim=48, ffn_dim=96, num_heads=4, num_layers=2))
-        patch.setattr(evaluate, "TEACHER_STEPS", 1)
-        yield
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """trained(*stages): a folder in which these stages are finished, in tiny form, and all that they are made from."""
@@ -254,7 +246,7 @@ def link(stages, there, here):
             (here / f"{stage}{suffix}.safetensors").symlink_to(there / f"{stage}{suffix}.safetensors")
 
 
-@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage not in RECIPE])
+@pytest.mark.parametrize("stage", [stage for stage in FUNCTIONS if stage not in RECIPE])
 def test_every_baseline_trains_samples_and_resumes(trained, tmp_path, stage):
     """Bug: a method that cannot be run by its one flag, is not measured, or forgets something when stopped."""
     straight, stopped = (tiny(tmp_path / name, stage=stage, dmd_steps=3) for name in ("straight", "stopped"))

@@ -3,23 +3,17 @@
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 from conftest import ROOT
+
+pytestmark = pytest.mark.usefixtures("small")
 
 DOC = (ROOT / "docs" / "changing_things.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", DOC, re.M | re.S))
 DIFFS = {title: re.search(r"```diff\n(.*?)```", text, re.S)[1] for title, text in SECTIONS.items() if "```diff" in text}
 TINY = ("--batch 2 --frames 4 --bidirectional-steps 2 --teacher-forcing-steps 2 --trajectory-steps 2 --dmd-steps 3 "
         "--critic-steps 1 --eval-clips 4 --device cpu --out runs/a").split()
-
-
-SMALL = """
-import dataclasses, evaluate, model
-model.SIZES["toy"] = dataclasses.replace(model.SIZES["toy"], dim=16, ffn_dim=16, num_heads=2, num_layers=2, freq_dim=16)
-evaluate.TEACHER_STEPS = 2
-"""
 
 
 @pytest.fixture
@@ -38,16 +32,20 @@ def apply(copy, title, *how):
     subprocess.run(["git", "apply", *how, "change.diff"], cwd=copy, check=True)
 
 
-def python(copy, code):
-    """What a program prints that runs in the changed copy."""
-    ran = subprocess.run([sys.executable, "-c", SMALL + code], cwd=copy, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    return ran.stdout
+@pytest.fixture
+def program(python, copy):
+    """program(code): what it prints, run in the changed copy."""
+    def run(code):
+        ran = python("-c", "import evaluate; evaluate.TEACHER_STEPS = 2\n" + code, cwd=copy)
+        assert ran.returncode == 0, ran.stderr[-2000:]
+        return ran.stdout
+
+    return run
 
 
-def metrics(copy, flags):
+def metrics(program, flags):
     """metrics.jsonl of a tiny run of all four stages."""
-    return python(copy, f"""
+    return program(f"""
 import json, train, config
 train.main(config.parse({TINY} + {flags}))
 lines = [json.loads(line) for line in open("runs/a/metrics.jsonl")]
@@ -69,10 +67,10 @@ def test_all_six_are_there():
     assert len(DIFFS) == 6
 
 
-def test_a_solver(copy):
+def test_a_solver(copy, program):
     """Bug: a solver that has to be named in several places, or that only some of them know."""
     apply(copy, "A solver")
-    errors = python(copy, """
+    errors = program("""
 import torch, flowmap, sample, math
 assert sample.parse(["--solver", "midpoint"]).solver == "midpoint"
 def exact(x, t, s, var=.1): return x * math.sqrt(((1 - s)**2 * var + s**2) / ((1 - t)**2 * var + t**2))
@@ -85,24 +83,24 @@ for solver in ("euler", "midpoint"):
     assert midpoint < euler / 2
 
 
-def test_a_loss_between_two_rollouts(copy):
+def test_a_loss_between_two_rollouts(copy, program):
     """Bug: a reference rollout that only alignment can use."""
-    before = metrics(copy, ["--mixed-steps", "2", "4", "8", "--mixed-probs", "1", "0", "0", "--align-warmup", "0",
+    before = metrics(program, ["--mixed-steps", "2", "4", "8", "--mixed-probs", "1", "0", "0", "--align-warmup", "0",
                             "--align-prob", "1"])
     apply(copy, "A loss between the low-step and the reference rollout")
     shutil.rmtree(copy / "runs")
-    after = metrics(copy, ["--mixed-steps", "2", "4", "8", "--mixed-probs", "1", "0", "0", "--align-warmup", "0",
+    after = metrics(program, ["--mixed-steps", "2", "4", "8", "--mixed-probs", "1", "0", "0", "--align-warmup", "0",
                            "--align-prob", "1", "--lambda-match", "1"])
     assert "'match'" in after and "'match'" not in before and after != before
 
 
-def test_decoupled_guidance(copy):
+def test_decoupled_guidance(copy, program):
     """Bug: a score that cannot be exchanged without a change of the recipe."""
-    before = metrics(copy, ["--score-guidance", "3"])
+    before = metrics(program, ["--score-guidance", "3"])
     apply(copy, "A DMD variant with decoupled guidance")
     shutil.rmtree(copy / "runs")
-    assert metrics(copy, ["--score-guidance", "3"]) != before
-    same = python(copy, """
+    assert metrics(program, ["--score-guidance", "3"]) != before
+    same = program("""
 import torch, dmd
 g = torch.Generator().manual_seed(0)
 x0, eps, text, null = (torch.randn(2, 3, 1, 2, 2, generator=g), torch.randn(2, 3, 1, 2, 2, generator=g),
@@ -117,7 +115,7 @@ print(torch.allclose(two, 2 * one, atol=1e-6) and bool(one.abs().max() > 0),
     assert same.split() == ["True", "True"]
 
 
-def test_a_size_of_another_family(copy):
+def test_a_size_of_another_family(copy, program):
     """Bug: a family that is known in more places than its record: a pixel count, a frame rate, a VAE. (The size is part
     of the project, so its diff is taken back, and given again.)"""
     tells = """
@@ -127,11 +125,11 @@ if "wan2.2-5b" not in SIZES: raise SystemExit(print("unknown"))
 with torch.device("meta"): print(sum(p.numel() for p in CausalWan(SIZES["wan2.2-5b"]).parameters()))
 cfg = config.parse(["--size", "wan2.2-5b"]); print(cfg.height, cfg.width, cfg.world == "")
 """
-    assert python(copy, tells).split() == ["4999787712", "44", "80", "True"]
+    assert program(tells).split() == ["4999787712", "44", "80", "True"]
     apply(copy, "A network size of another family", "-R")
-    assert python(copy, tells).split() == ["unknown"]
+    assert program(tells).split() == ["unknown"]
     apply(copy, "A network size of another family")
-    python(copy, """
+    program("""
 import dataclasses, model, train, config
 model.SIZES["wan2.2-5b"] = dataclasses.replace(model.SIZES["wan2.2-5b"], dim=48, ffn_dim=64, num_heads=4, num_layers=2)
 train.main(config.parse("--size wan2.2-5b --data random --stage bidirectional --batch 2 --frames 3 --height 4 \
@@ -141,12 +139,12 @@ plan.main(*plan.parse(["--size", "wan2.2-5b", "--stage", "teacher_forcing", "--c
 """)
 
 
-def test_a_condition_per_frame(copy):
+def test_a_condition_per_frame(copy, program):
     """Bug: a row that is lost on the way to the network: in a batch slice, in guidance, in a chunk, behind the
     cache."""
     apply(copy, "A condition per frame")
-    metrics(copy, ["--chunk", "2", "--accum", "2"])
-    same = python(copy, """
+    metrics(program, ["--chunk", "2", "--accum", "2"])
+    same = program("""
 import torch, config, stage, evaluate
 from flowmap import Condition, Guided
 from rollout import joined, stream
@@ -170,10 +168,10 @@ print("same")
     assert same.split() == ["same"]
 
 
-def test_another_world(copy):
+def test_another_world(copy, program):
     """Bug: a world that is asked for by its name somewhere."""
     apply(copy, "Another toy world")
-    told = python(copy, f"""
+    told = program(f"""
 import json, train, config
 rows = train.main(config.parse({TINY} + ["--world", "calm", "--stage", "bidirectional"]))
 print("MOTION", rows[0]["motion"], json.load(open("runs/a/config.json"))["world"])

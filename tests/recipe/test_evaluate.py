@@ -20,19 +20,14 @@ from stage import is_finished, path_of
 from worlds import WORLDS, draws, latent_folder, toy
 from worlds.draws import EVALUATE, WORLD
 
+pytestmark = pytest.mark.usefixtures("small")
+
 TOY = WORLDS["toy"]
 CLIPS = 3
 SAMPLED = {  # stage: (causal, student, solver)
     "bidirectional": (False, False, "euler"), "teacher_forcing": (True, False, "euler"),
     "causal_cd": (True, True, "cm"), "salt": (True, True, "cm"), "dmd4": (False, True, "cm"),
     "scfm": (False, True, "euler"), "pcm": (False, True, "euler"), "causal_ode": (True, True, "cm")}
-
-
-@pytest.fixture(autouse=True)
-def smaller(monkeypatch):
-    """A toy network that is a tenth of the size, and teachers that are sampled in three steps."""
-    monkeypatch.setitem(SIZES, "toy", dataclasses.replace(SIZES["toy"], dim=48, ffn_dim=96, num_heads=4, num_layers=2))
-    monkeypatch.setattr(evaluate, "TEACHER_STEPS", 3)
 
 
 def random_net(seed, **window):

@@ -182,12 +182,12 @@ def results(name):
 
 def test_tables_of_the_room_are_those_of_the_results():
     """Bug: a number that was typed, or that belongs to another run."""
-    measured = {(f"`{r['stage']}`", str(r["steps"])): r for r in results("room_cpu")["rows"]}
+    measured = {(str(r["seed"]), f"`{r['stage']}`", str(r["steps"])): r for r in results("room_cpu")["rows"]}
     shown = rows("What was measured", DOCS["world_model"])
-    stages, kinds = [row for row in shown if len(row) == 9], [row for row in shown if len(row) == 5]
-    assert len(stages) == 12 and len(kinds) == 4
-    for stage, steps, *numbers in stages:
-        r = measured[stage, steps]
+    stages, kinds = [row for row in shown if len(row) == 10], [row for row in shown if len(row) == 5]
+    assert len(stages) >= 18 and len(kinds) == 4
+    for seed, stage, steps, *numbers in stages:
+        r = measured[seed, stage, steps]
         assert numbers == [f"{r[name]:.4f}" for name in ("render_error", "validity")] + [
             f"{r[name]:.2f}" for name in ("wall_variety", "pillar_variety")] + [
             f"{r[name]:.4f}" for name in ("memory_error", "return_error")] + [f"{r['variety']:.2f}"], (stage, steps)

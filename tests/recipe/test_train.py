@@ -2,16 +2,16 @@
 
 import dataclasses
 import json
+import os
 import re
 import signal
-import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, wait_for
 from PIL import Image
 
 import evaluate
@@ -28,8 +28,13 @@ from worlds import WORLDS, latent_folder, toy
 from worlds.draws import Draw
 from worlds.sources import open_source
 
+pytestmark = pytest.mark.usefixtures("small")
+
 TINY = dict(bidirectional_steps=3, teacher_forcing_steps=3, trajectory_steps=3, dmd_steps=5, batch=4, critic_steps=2,
             frames=4, eval_clips=6, align_warmup=0.0, align_prob=1.0, save_every=2, sheet_every=4, device="cpu")
+# A stage for every function that trains one. The others are one of these with settings, which test_wiring.py has; of
+# theirs, dmd_backward has no stage of its name, and Salt with a single K has no other
+FUNCTIONS = [*(stage for stage in STAGES if not STAGES[stage].method), "dmd4_backward", "self_forcing"]
 SPEED = ("seconds", "tokens_per_second", "tflops", "mfu", "memory_gb", "bad_samples")
 
 
@@ -53,14 +58,6 @@ def logged(out):
     """The lines of metrics.jsonl, without what the clock says."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in SPEED} for line in lines]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_steps_of_teachers():
-    """So that measuring a teacher takes no longer than a student."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "TEACHER_STEPS", 3)
-        yield
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -253,18 +250,15 @@ def test_killed_between_saves_resumes_from_the_last_one(run, tmp_path, monkeypat
     assert steps == list(range(5))
 
 
-def test_ctrl_c_finishes_the_update_and_saves(tmp_path):
+def test_ctrl_c_finishes_the_update_and_saves(start, tmp_path):
     """Bug: a traceback and up to --save-every lost updates; a state saved in the middle of an update."""
     flags = [w for k, v in {**TINY, "save_every": 10**6, "bidirectional_steps": 10**6}.items()
              for w in (f"--{k.replace('_', '-')}", str(v))]
-    run = subprocess.Popen([sys.executable, ROOT / "train.py", "--out", tmp_path, *flags], stdout=subprocess.PIPE,
-                           text=True)
-    log = tmp_path / "metrics.jsonl"
-    while run.poll() is None and not (log.exists() and log.read_text().count("\n") > 3):
-        time.sleep(0.1)
-    run.send_signal(signal.SIGINT)
-    out, _ = run.communicate(timeout=60)
-    assert run.returncode == 0 and "stopped; the same command resumes" in out
+    run, log = start(ROOT / "train.py", "--out", tmp_path, *flags), tmp_path / "metrics.jsonl"
+    wait_for(lambda: log.exists() and log.read_text().count("\n") > 3)
+    os.kill(run.pid, signal.SIGINT)
+    ended = run.ended()
+    assert ended.returncode == 0 and "stopped; the same command resumes" in ended.stdout
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     saved = int(checkpoint.checkpoints(tmp_path / "bidirectional.state")[-1].name)
     assert steps == list(range(saved)) and saved > 3
@@ -376,16 +370,12 @@ def test_every_network_is_told_the_rows_of_the_frames_it_sees(tmp_path, monkeypa
 
 # -- the README's commands --------------------------------------------------------------------------------------------
 
-def command(*words, cwd=ROOT):
-    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, capture_output=True, text=True)
-
-
-def test_sample_command(run, tmp_path):
+def test_sample_command(python, run, tmp_path):
     """Bug: the second command; 64 frames from a model trained on 4; steps, seed or solver that change nothing."""
     out, images = run[0], []
     for i, words in enumerate([(), ("--seed", 1), ("--steps", 4), ("--solver", "euler"), ("--chunk", 2)]):
         path = tmp_path / f"{i}.webp"
-        ran = command(ROOT / "sample.py", "--weights", out / "salt.safetensors", "--prompt", "red ball",
+        ran = python(ROOT / "sample.py", "--weights", out / "salt.safetensors", "--prompt", "red ball",
                       "--frames", 64, "--out", path, *words)
         assert ran.returncode == 0, ran.stderr
         with Image.open(path) as image:
@@ -433,9 +423,9 @@ def test_sample_finds_the_newest_student(run, tmp_path, monkeypatch):
     assert sample.newest_student().name == "salt.safetensors"
 
 
-def test_help_explains_every_flag():
+def test_help_explains_every_flag(python):
     """Bug: a setting that nobody can find."""
-    ran = command(ROOT / "train.py", "--help")
+    ran = python(ROOT / "train.py", "--help")
     for f in (f for f in dataclasses.fields(Config) if f.metadata["help"]):
         assert re.search(rf"--{f.name.replace('_', '-')}[ ,\n]", ran.stdout), f.name
         assert f.metadata["help"].split()[0] in ran.stdout
@@ -456,13 +446,13 @@ def test_bad_settings_are_named(tmp_path, changes, message):
     assert not (tmp_path / "new").exists()
 
 
-def test_unknown_flag():
+def test_unknown_flag(python):
     """Bug: a mistyped flag that is ignored."""
-    ran = command(ROOT / "train.py", "--dmd-stepz", 3)
+    ran = python(ROOT / "train.py", "--dmd-stepz", 3)
     assert ran.returncode != 0 and "--dmd-stepz" in ran.stderr
 
 
-def test_checkpoints_missing_truncated_or_of_another_stage(run, tmp_path):
+def test_checkpoints_missing_truncated_or_of_another_stage(python, run, tmp_path):
     """Bug: a pickle error or a silent restart in place of a message; a damaged file that is overwritten."""
     with pytest.raises(ValueError, match="--stage teacher_forcing"):
         train.main(config(tmp_path, stage="causal_cd"))
@@ -477,10 +467,10 @@ def test_checkpoints_missing_truncated_or_of_another_stage(run, tmp_path):
     with pytest.raises(ValueError, match="damaged or truncated.*bidirectional"):
         train.main(config(tmp_path))
     assert (tmp_path / "bidirectional.safetensors").read_bytes() == whole[:-100]
-    ran = command(ROOT / "sample.py", "--weights", tmp_path / "none.safetensors")
+    ran = python(ROOT / "sample.py", "--weights", tmp_path / "none.safetensors")
     assert ran.returncode == 1 and ran.stderr.startswith("ValueError: got no file") and "--weights" in ran.stderr
     for words in (("--frames", 7, "--chunk", 2), ("--window", 1), ("--prompt", "red fox"), ("--steps", 0)):
-        ran = command(ROOT / "sample.py", "--weights", run[0] / "salt.safetensors", *words)
+        ran = python(ROOT / "sample.py", "--weights", run[0] / "salt.safetensors", *words)
         assert ran.returncode == 1 and ran.stderr.splitlines()[-1].startswith("ValueError: ") and words[0] in ran.stderr
 
 

@@ -3,7 +3,6 @@
 import json
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -12,7 +11,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -115,8 +113,8 @@ def test_training_reads_it(tmp_path, films, monkeypatch):
 
 
 KILLED = """
-import os, signal, sys
-sys.path[:0] = {paths}
+import os, signal
+import conftest  # which knows the tests' folders
 from cluster import files
 from test_prepare import HOW, encode_clip, encode_text, prepared
 
@@ -135,15 +133,13 @@ prepared({videos!r}, {captions!r}, {out!r}, encode, encode_text, **HOW)
 
 
 @pytest.mark.parametrize("at", [7, 0], ids=["encoding", "writing"])
-def test_killed_and_run_again(tmp_path, films, at):
+def test_killed_and_run_again(python, tmp_path, films, at):
     """Bug: a half shard that counts as finished, finished shards made again, clips lost or doubled by a kill -9."""
     where = films(10)
     (where[0] / "v5" / "4.png").unlink()  # one too short, in the shard that is killed
     prepared(*where, tmp_path / "straight", encode_clip, encode_text, **HOW)
-    paths = [str(path) for path in (ROOT, ROOT / "tests", ROOT / "tests" / "wan21")]
-    script = KILLED.format(paths=paths, clip=at, videos=str(where[0]), captions=str(where[1]),
-                           out=str(tmp_path / "out"))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    script = KILLED.format(clip=at, videos=str(where[0]), captions=str(where[1]), out=str(tmp_path / "out"))
+    done = python("-c", script)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert (tmp_path / "out" / "00000.safetensors").exists()
     assert not (tmp_path / "out" / "00001.safetensors").exists()
