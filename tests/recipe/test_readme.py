@@ -216,9 +216,6 @@ def test_tables_of_speed_are_those_of_the_results():
     assert rows("A benchmark that can be believed", DOCS["speed"]) == [
         [str(steps), *(f"{measured[steps, way]['frames_per_second']:.0f}" for way in ("apart", "plain", "fast"))]
         for steps in (1, 2, 4)]
-    assert rows("Training", DOCS["speed"]) == [
-        [f"`{stage}`", *(f"{of[way]:.3f}" for way in ("before", "now")), f"{of['before'] / of['now']:.2f}x"]
-        for stage, of in results("training_toy_cpu")["seconds_an_update"].items()]
 
 
 def test_tables_are_those_of_the_results():
