@@ -385,7 +385,7 @@ def test_window_and_sink_in_training(trained, monkeypatch):
 
     def recorded(cache, *chunks, **how):
         visible = visible_frames(cache, *chunks, **how)
-        shown.update(tuple(cache.positions(1)[i] for i in frames) for frames in visible)
+        shown.update(tuple(cache.positions(sum(chunks))[i] for i in frames) for frames in visible)
         return visible
 
     monkeypatch.setattr(model.Cache, "visible_frames", recorded)

@@ -196,7 +196,7 @@ def test_tables_of_the_room_are_those_of_the_results():
         (r,) = (r for r in results("room_cameras_cpu")["rows"][size] if r["steps"] == 4)
         assert numbers == [f"{r[name]:.3f}" for name in ("memory_error", "return_error", "render_error", "validity")]
     speed = {r["steps"]: round(r["frames_per_second"]) for r in results("rollout_room_cpu")["rows"]
-             if r["way"] == "plain"}
+             if r["commit"] == "fused"}
     assert f"{speed[2]} frames a second at 2 steps on one thread, {speed[1]} at 1, {speed[4]} at 4" in section(
         "What was measured", DOCS["world_model"])
     walk = results("room_walk_cpu")
@@ -212,10 +212,6 @@ def test_tables_of_speed_are_those_of_the_results():
     assert rows("Beside the official code", DOCS["speed"]) == [
         [r["what"], *(told(r[way]["cpu_seconds"]) for way in ("official", "plain", "fast")),
          f"{1 / r['fast']['ratio']:.2f}x"] for r in results("official_cpu")["rows"]]
-    measured = {(r["steps"], r["way"]): r for r in results("rollout_toy_cpu")["rows"]}
-    assert rows("A benchmark that can be believed", DOCS["speed"]) == [
-        [str(steps), *(f"{measured[steps, way]['frames_per_second']:.0f}" for way in ("apart", "plain", "fast"))]
-        for steps in (1, 2, 4)]
 
 
 def test_tables_are_those_of_the_results():
