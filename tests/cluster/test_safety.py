@@ -28,6 +28,7 @@ import wan21.video
 import wan21.weights
 from cluster import checkpoint, files
 from cluster.files import metadata_of, read_tensors, write_tensors
+from fast.network import Fast
 from model import SIZES, CausalWan
 from tools import convert, plan, prepare
 from worlds import latent_folder
@@ -238,7 +239,7 @@ def test_samples_replace_no_data_and_no_unfinished_clip(tmp_path, student, monke
     assert (tmp_path / "0.safetensors").read_bytes() == before
     (tmp_path / "x-unfinished.webp").mkdir()
     (tmp_path / "x-unfinished.webp" / "notes.txt").write_text("years of work")
-    real, calls = CausalWan.forward, []
+    real, calls = Fast.__call__, []
 
     def stopped(*args, **how):
         calls.append(1)
@@ -246,7 +247,7 @@ def test_samples_replace_no_data_and_no_unfinished_clip(tmp_path, student, monke
             raise KeyboardInterrupt
         return real(*args, **how)
 
-    monkeypatch.setattr(CausalWan, "forward", stopped)
+    monkeypatch.setattr(Fast, "__call__", stopped)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             sampled(*words, "--out", tmp_path / "x.webp")

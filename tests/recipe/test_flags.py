@@ -27,8 +27,6 @@ from tools import plan
 from worlds import WORLDS, draws
 from worlds.toy import Toy
 
-pytestmark = pytest.mark.usefixtures("small")
-
 ELSEWHERE = {  # flag of train.py -> the test that sees what it changes
     "preset": "test_presets.py::test_preset_is_of_the_stage_if_not_given_and_flags_change_it",
     "stage": "test_baselines.py::test_every_baseline_trains_samples_and_resumes",

@@ -17,8 +17,6 @@ from model import SIZES
 from stage import is_finished
 from tools import plan
 
-pytestmark = pytest.mark.usefixtures("small")
-
 
 def layouts(net, x, t, text):
     """A forward of every kind, and what to call it."""

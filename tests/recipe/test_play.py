@@ -609,7 +609,8 @@ def test_the_command(students):
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     command = subprocess.Popen([sys.executable, ROOT / "play.py", "--weights", students["room"], "--port", "0",
                                 "--no-browser", "--host", "0.0.0.0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True)
+                               text=True,  # Ctrl-C is ignored by what a shell starts in the background
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     try:
         port = int(re.search(r"room.safetensors is played at http://127.0.0.1:(\d+)/", command.stdout.readline())[1])
         until(lambda: send(SimpleNamespace(server_port=port), get("/about", "Connection: close")).count('"walks"'))
