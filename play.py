@@ -163,7 +163,6 @@ class Player:
         """Make one clip, until it is restarted, left or closed."""
         with self.changed:
             clip, seed, given = self.clip, self.seed, STARTS[self.start]
-            self.frames.clear()
         trained, history, frames, chunks, poses = self.trained, [], 0, 0, []  # so many frames and chunks are finished
         cache = self.net.new_cache(max(trained["window"] or trained["frames"], trained["sink"] + trained["chunk"]),
                                    trained["sink"], True, "poses" if self.config.sees_cameras else "latest")
@@ -197,8 +196,8 @@ class Player:
                 raise ValueError(f"got non-finite frames from {self.path}, expected finite ones: change --weights")
             pictures = decode(x0)[0].cpu().numpy()
             truths = decode(truth())[0].numpy() if self.has_truth else [None] * len(pictures)
-            self.hand_over(pictures, truths, {"steps": order.steps, "seq": order.seq, "cache": len(cache.frames),
-                                              "given": is_given})
+            self.hand_over(clip, pictures, truths, {"steps": order.steps, "seq": order.seq, "cache": len(cache.frames),
+                                                    "given": is_given})
             held = set(cache.frames)
             history = [past for past in history if held & set(range(past[0], past[0] + past[1].shape[1]))]
             history.append((frames, x0, condition))
@@ -237,9 +236,16 @@ class Player:
                 self.changed.wait(POLL if self.paused else min(left, POLL))
         return None
 
-    def hand_over(self, pictures, truths, about: dict):
-        """Frames `n h w 3`, shown one after the other once those before have been."""
+    def begin_clip(self):
+        """Drop all frames. What is being made for the clip before is dropped when it is handed over."""
+        self.clip += 1
+        self.frames.clear()
+
+    def hand_over(self, clip: int, pictures, truths, about: dict):
+        """Frames `n h w 3` of a clip, shown one after the other once those before have been."""
         with self.changed:
+            if clip != self.clip:
+                return
             now, length = time.monotonic(), len(pictures) / self.fps
             self.making = max(now - self.began, 0.9 * self.making)  # the longest of late
             start = max(self.until, now - 1 / self.fps)  # late by less than a frame, it leaves the next ones on time
@@ -273,7 +279,7 @@ class Player:
                 raise Refused(409, "got a second page, expected one at a time: close the other one")
             if who != self.who:
                 self.who, self.keys, self.tapped, self.seq, self.paused = who, [], "", 0, False
-                self.clip += 1
+                self.begin_clip()
             self.asked = time.monotonic()
             self.changed.notify_all()
             while self.is_played() and who == self.who:
@@ -301,7 +307,7 @@ class Player:
                 for name in ("keys", "steps", "seed", "start", "seq", "paused"):
                     setattr(self, name, message.get(name, getattr(self, name)))
                 if message.keys() & {"seed", "start", "restart"}:
-                    self.clip += 1
+                    self.begin_clip()
                 if "leave" in message:
                     self.asked = -LEASE
                 self.changed.notify_all()
