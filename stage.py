@@ -282,9 +282,8 @@ def clip_statistics(x0: Tensor, chunk: int) -> dict:
 # Rollouts
 
 def rollout(cfg, net, text, noise, steps, exit_step=None, first_exit=None) -> Iterator[Chunk]:
-    """The chunks of a student's clip of `steps` steps a chunk. noise: `b K f c h w`; exit steps as in `stream`. Commits
-    are forwards of their own, as a rollout with gradient must have them: all rollouts of training are then alike."""
+    """The chunks of a student's clip of `steps` steps a chunk. noise: `b K f c h w`; exit steps as in `stream`."""
     grid, first_grid = grids(steps, cfg.shift, cfg.first_steps)
     return stream(net, shared_noise(noise, cfg.chunk, steps, len(first_grid)), text, grid,
                   num_chunks=cfg.frames // cfg.chunk, first_grid=first_grid, exit_step=exit_step,
-                  first_exit=first_exit, fused=False)
+                  first_exit=first_exit)

@@ -95,10 +95,12 @@ def rollout(start, times, asks=None, **more):
     """Asymmetric DMD on self-rollouts."""
     asks = {"": "net/rollout net/rollout* net/commit"} | SCORES | (asks or {})
     return Row("dmd", start, asks, {"": times}, {"": "batch"}, "bidirectional",
-               {"": "net/rollout net/commit"} | CRITIC, windowed=True, **more)
+               {"": "net/rollout net/fused"} | CRITIC, windowed=True, **more)
 
 
 SC, SC_ROLLOUT = {"sc_loss": "net/whole*"}, {"sc_loss": "net/rollout*"}
+REFERENCE = {"": "net/rollout net/rollout* net/commit net/fused",  # without gradient, as the critic's rollouts
+             "align_loss": "bidirectional/features bidirectional/features*"}
 SHORTCUTS = "net/whole* ema/whole bidirectional/whole@"
 TABLE = {
     "bidirectional": regression("bidirectional", None, "flow_matching_loss", "net/whole*", 2.0, "chunk",
@@ -138,8 +140,7 @@ TABLE = {
     "causal_forcing_pp": rollout("causal_cd", T(8)),
     "naive_sc": rollout("causal_cd", T(8), SC_ROLLOUT, terms={"sc_loss": 0.11}),
     "mixed_sc": rollout("causal_cd", T(8), SC_ROLLOUT, terms={"sc_loss": 0.11}),
-    "salt": rollout("causal_cd", T(8), SC_ROLLOUT | {"align_loss": "bidirectional/features bidirectional/features*"},
-                    terms={"sc_loss": 0.11, "align_loss": 0.13}),
+    "salt": rollout("causal_cd", T(8), SC_ROLLOUT | REFERENCE, terms={"sc_loss": 0.11, "align_loss": 0.13}),
 }
 DMD = [stage for stage, row in TABLE.items() if row.group == "dmd"]
 FILES = (train, whole_clip_module, consistency, causal)
@@ -293,8 +294,8 @@ class Watch:
         v = x * (0.3 + w) + 0.1 * t[..., None, None, None] + 0.1 * text.mean((1, 2))[:, None, None, None, None]
         if num_blocks is not None:
             v = v.flatten(3)[..., : net.config.dim] * torch.linspace(1, num_blocks, net.config.dim)
-        if commit:
-            layout["cache"].next_frame += x.shape[1]
+        if layout.get("cache"):
+            layout["cache"].next_frame += (x if commit else layout.get("clean", x[:, :0])).shape[1]
         if not self.guiding:
             self.note(net, x, t, text, v, commit=commit, num_blocks=num_blocks, **layout)
         return v
@@ -583,7 +584,7 @@ def test_scores_compare_what_the_student_made(watch, stage):
         for turn in (f"critic {i}" for i in range(1, 1 + CRITIC_STEPS)):
             (loss,) = w.of("losses", step, turn, name="critic_loss")
             asked = w.of("forwards", step, turn, who="net")
-            commits = [e.x for e in asked if e.layout == "commit"]
+            commits = [e.clean for e in asked if e.layout == "fused"]
             last = asked[-1].x - asked[-1].t[..., None, None, None] * asked[-1].v
             assert torch.allclose(loss.args.x0, torch.cat([*commits, last], 1), atol=1e-6)
     images = {e.who: e.x - e.t[..., None, None, None] * e.v for e in w.of("forwards", step, "net", inside="dmd_loss")}
