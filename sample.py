@@ -59,7 +59,7 @@ def parse(argv=None):
                                 allow_abbrev=False)
     add = p.add_argument_group("what").add_argument
     add("--weights", type=Path, help="a file of train.py, or Wan's, or a public .pt, or a folder of them (default: the "
-                                     "newest student in runs/)")
+                                     "newest student in runs/, or else one of assets/)")
     add("--part", default="", help="which network of a .pt that holds several (default: the averaged one)")
     add("--size", choices=tuple(SIZES), help="of the network (default: as recorded, or found by shape)")
     add("--prompt", nargs="+", help='each in quotes: "red ball" (default: all of the toy world)')
@@ -230,7 +230,7 @@ def sample_batch(args, config, world, net, vae, given, rows, texts, switches, ba
 @torch.no_grad()
 def main(args) -> list[Path]:
     """Write the clips; returns the files."""
-    args.weights = args.weights or newest_student()
+    args.weights = args.weights or newest_student([*(args.prompt or ()), *(prompt for _, prompt in args.at)])
     weights, metadata = wan21.weights.read_weights(args.weights, args.part)  # mapped, not read yet
     size = args.size or metadata.get("size") or wan21.weights.size_of(weights, args.weights)
     if not isinstance(size, str) or size not in SIZES:

@@ -21,22 +21,31 @@ RECORDED = {  # settings that a checkpoint of train.py records, and their types
     **dict.fromkeys("first_steps sink window chunk frames height width".split(), int),
     "guidance": float | int, "shift": float | int, "mixed_steps": list | tuple}
 
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+SHIPPED = [ASSETS / "room.safetensors", ASSETS / "toy.safetensors"]  # made by tools/ship.py
 
-SHIPPED = Path(__file__).resolve().parent.parent / "assets" / "room.safetensors"  # made by tools/ship.py
 
-
-def newest_student() -> Path:
-    """The autoregressive student last trained, of any run; without one, that of the room which comes with this project.
-    """
+def newest_student(prompts=()) -> Path:
+    """The autoregressive student last trained, of any run; without one, the first of those that come with this project
+    whose world knows the words of all prompts."""
     found = {path: metadata_of(path) for path in Path("runs").glob("*/*.safetensors") if not path.stem.endswith("_raw")}
     saved = {path: metadata["saved"] for path, metadata in found.items() if metadata.get("causal")
              and metadata.get("few_step") and isinstance(metadata.get("saved"), float | int)}
-    if not saved and SHIPPED.exists():
-        say(f"no student in runs/ yet: using {SHIPPED}, which comes with this project")
-        return SHIPPED
-    if not saved:
-        raise ValueError("got no student in runs/, expected one: run `python train.py` first, or give --weights")
-    return max(saved, key=saved.get)
+    if saved:
+        return max(saved, key=saved.get)
+    shipped = [path for path in SHIPPED if path.exists()]
+    for path in shipped:
+        if knows(WORLDS[metadata_of(path)["config"]["world"]], prompts) or path == shipped[-1]:  # which says what is wrong
+            say(f"no student in runs/ yet: using {path}, which comes with this project")
+            return path
+    raise ValueError("got no student in runs/, expected one: run `python train.py` first, or give --weights")
+
+
+def knows(world, prompts) -> bool:
+    try:
+        return all(world.parse(prompt) is not None for prompt in prompts)
+    except ValueError:
+        return False
 
 
 def trained_for(metadata: dict, size: str) -> dict:

@@ -176,14 +176,14 @@ def test_bf16_weights_are_played_in_fp32(still, tmp_path):
 def test_what_is_played_by_default(still, students, tmp_path, monkeypatch):
     """Bug: a shipped student in place of one's own, an old one of one's own, a teacher, which blurs."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(wan21.settings, "SHIPPED", students["toy"])
+    monkeypatch.setattr(wan21.settings, "SHIPPED", [students["toy"]])
     assert still(None).path == students["toy"]
-    monkeypatch.setattr(wan21.settings, "SHIPPED", tmp_path / "none.safetensors")
+    monkeypatch.setattr(wan21.settings, "SHIPPED", [tmp_path / "none.safetensors"])
     with pytest.raises(ValueError, match=r"train.py.*--weights"):
         still(None)
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     mine = write_student(tmp_path / "runs" / "mine" / "salt.safetensors", "toy")
-    monkeypatch.setattr(wan21.settings, "SHIPPED", students["toy"])
+    monkeypatch.setattr(wan21.settings, "SHIPPED", [students["toy"]])
     assert still(None).path.resolve() == mine
     teacher = write_student(tmp_path / "teacher.safetensors", "toy", few_step=False, stage="teacher_forcing")
     for words, flag in ((["--seed", "-1"], "--seed -1"), (["--device", "tpu"], "--device")):

@@ -415,7 +415,7 @@ def test_sample_the_toy_in_every_way(run, tmp_path):
 def test_sample_finds_the_newest_student(run, tmp_path, monkeypatch):
     """Bug: a default checkpoint that is not there."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(wan21.settings, "SHIPPED", tmp_path / "none.safetensors")
+    monkeypatch.setattr(wan21.settings, "SHIPPED", [tmp_path / "none.safetensors"])
     with pytest.raises(ValueError, match="train.py"):
         sample.newest_student()
     (tmp_path / "runs").mkdir()
