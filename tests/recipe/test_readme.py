@@ -196,7 +196,7 @@ def test_tables_of_the_room_are_those_of_the_results():
         (r,) = (r for r in results("room_cameras_cpu")["rows"][size] if r["steps"] == 4)
         assert numbers == [f"{r[name]:.3f}" for name in ("memory_error", "return_error", "render_error", "validity")]
     speed = {r["steps"]: round(r["frames_per_second"]) for r in results("rollout_room_cpu")["rows"]
-             if r["commit"] == "fused"}
+             if r["way"] == "fast"}
     assert f"{speed[2]} frames a second at 2 steps on one thread, {speed[1]} at 1, {speed[4]} at 4" in section(
         "What was measured", DOCS["world_model"])
     walk = results("room_walk_cpu")
