@@ -1,7 +1,7 @@
 """Play a student in the browser, in real time: walk through the room that it draws, or tell it what to draw next.
 
     python play.py                                      # the newest student in runs/, or assets/room.safetensors
-    python play.py --weights runs/toy/salt.safetensors  # the toy world: its prompts are buttons
+    python play.py --weights assets/toy.safetensors     # the toy world: its prompts are buttons
     python play.py --weights student.pt --wan Wan2.1-T2V-1.3B    # video, on a GPU; prompts are typed while it runs
 
 Arrow keys or W A S D walk; t shows the truth beside it, the same walk through a hidden room that the seed chooses. Of

@@ -6,6 +6,7 @@ from conftest import ROOT
 
 from cluster.files import metadata_of, read_tensors, write_tensors
 from tools import ship
+from wan21.settings import newest_student
 
 SHIPPED = sorted((ROOT / "assets").glob("*.safetensors"))
 
@@ -19,6 +20,15 @@ def test_a_shipped_student_is_as_good_as_its_record(path):
     assert found.keys() == made["measured"].keys()
     for name, value in found.items():
         assert abs(value - made["measured"][name]) <= 0.02 * abs(value) + 1e-3, name
+
+
+@pytest.mark.parametrize("prompts, world", [
+    ((), "room"), (("forward left",), "room"), (("red ball",), "toy"), (("red ball", "forward"), "toy")])
+def test_the_student_that_knows_the_words(prompts, world, tmp_path, monkeypatch):
+    """Bug: `sample.py --prompt "red ball"` that fails before anything was trained, as the student of the room has no
+    such words."""
+    monkeypatch.chdir(tmp_path)
+    assert newest_student(prompts) == ROOT / "assets" / f"{world}.safetensors"
 
 
 def test_what_is_shipped(tmp_path, monkeypatch):
