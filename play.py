@@ -31,6 +31,7 @@ from torch import Tensor
 import wan21.text
 import wan21.vae
 import wan21.weights
+from cameras import ROW
 from cluster.files import check_device, run_command
 from fast.network import Fast
 from flowmap import Condition, words_and_rows
@@ -108,6 +109,9 @@ class Player:
         dtype = torch.bfloat16 if args.device.startswith("cuda") and not world else torch.float32
         self.net = Fast(wan21.weights.load(config, self.path, args.device, dtype)[0].eval().requires_grad_(False))
         self.config, self.trained, self.world = config, trained, world
+        if config.row_width and trained["world"] != "room" and (world or config.row_width != ROW):
+            raise ValueError(f"got {self.path}, which is told {config.row_width} numbers of each frame, expected a "
+                             "student of the room, or of cameras, as no keys are known for others: change --weights")
         self.walk = (room.step if world else trajectory.step) if config.row_width else None
         self.has_truth, self.fps = bool(world and self.walk), FPS if world else family.fps
         folder = args.wan or (self.path if self.path.is_dir() else self.path.parent)
@@ -277,9 +281,10 @@ class Player:
         with self.changed:
             if who != self.who and self.is_played():
                 raise Refused(409, "got a second page, expected one at a time: close the other one")
+            if not self.is_played():
+                self.begin_clip()
             if who != self.who:
                 self.who, self.keys, self.tapped, self.seq, self.paused = who, [], "", 0, False
-                self.begin_clip()
             self.asked = time.monotonic()
             self.changed.notify_all()
             while self.is_played() and who == self.who:
@@ -300,6 +305,7 @@ class Player:
             prompt = message.get("prompt", self.prompt)
             words = self.words if prompt == self.prompt else self.embed(prompt)
             with self.changed:
+                self.check_player(who)  # another page may have taken over while this prompt was embedded
                 self.prompt, self.words = prompt, words
                 for key in message.get("keys", []):
                     if key not in self.keys:
@@ -339,7 +345,12 @@ def main(args):
     need(args, 0 <= args.port < 2**16, "port", "a number from 0 to 65535")
     player = Player(args)
     try:
-        with Server(player, args.host, args.port, (ASSETS / "play.html").read_bytes()) as server:
+        try:
+            server = Server(player, args.host, args.port, (ASSETS / "play.html").read_bytes())
+        except OSError as e:
+            raise ValueError(f"got --host {args.host} --port {args.port} ({e}), expected an address of this machine "
+                             "and a free port: change --host or --port") from e
+        with server:
             url = f"http://{args.host if args.host != '0.0.0.0' else '127.0.0.1'}:{server.server_port}/"
             print(f"{player.path} is played at {url} (Ctrl-C ends this)", flush=True)
             if args.host not in ("127.0.0.1", "localhost"):

@@ -15,8 +15,8 @@ tools.convert --stage ...` records what it is. A setting that departs from these
 
 Frames are latent frames: images of the toy world; of Wan, n latent frames are 1 + 4 (n - 1) frames of video. Clips
 longer than those of training slide a window over the past: the first --sink frames and the last ones, --window frames
-in all, so memory and time per chunk stay constant. Positions are counted inside the window, as in training, or
-(--positions absolute) from the start of the clip.
+in all, so memory and time per chunk stay constant. Positions are then counted inside the window, or (--positions
+absolute) from the start of the clip, as they are for clips of a student that was trained with a window.
 
 A network with cameras (--size wan1.3b_camera) follows --trajectory, a path in words that wan21/trajectory.py explains:
 frame 0 of the clip, given or not, is where it starts. Without one the camera stands still. In the room, a world, the
@@ -85,8 +85,9 @@ def parse(argv=None):
     add("--chunk", type=int, help="frames per chunk; all --frames for a bidirectional model (default: as trained)")
     add("--window", type=int, help="frames that a frame may see, itself included (default: the length trained on)")
     add("--sink", type=int, help="of these, the first frames of the clip (default: as trained, or 1)")
-    add("--positions", choices=("relative", "absolute"), default="relative",
-        help="of frames, counted inside the window or from the start of the clip (default: relative)")
+    add("--positions", choices=("relative", "absolute"),
+        help="of frames, counted inside the window or from the start of the clip (default: as in training, as far as "
+             "its clips went, then relative)")
     add("--keep", choices=("latest", "poses"), default="latest",
         help="the frames that the window holds: the latest, or, with cameras, those that cover the poses seen")
     add("--solver", choices=SOLVERS, help="default: cm for a student, euler for a teacher")
@@ -202,12 +203,14 @@ def sample_batch(args, config, world, net, vae, given, rows, texts, switches, ba
     prompts = [(0, text([sample.prompt for sample in batch]))]
     prompts += [(frame, text([prompt] * len(batch))) for frame, prompt in switches]
     grid, first_grid = grids(args.steps, args.shift, args.first_steps)
-    cache = net.new_cache(args.window, args.sink, args.positions == "relative", args.keep)
+    frames_given = 0 if given is None else len(given)
+    window = min(args.window, max(frames_given + args.frames, args.sink + args.chunk)) if args.window else args.window
+    cache = net.new_cache(window, args.sink, args.positions == "relative", args.keep)
     given = None if given is None else given.to(args.device).expand(len(batch), *given.shape)
     rollout = rollout_with_prompts(net, noise, prompts, grid, chunk=args.chunk, frames=args.frames, given=given,
                                    cache=cache, first_grid=first_grid, solver=args.solver)
     decode, fps = decoder(args, config, world, vae, sizes[0])
-    frames_given, made, first = 0 if given is None else given.shape[1], 0, 0.0
+    made, first = 0, 0.0
     unit = "latent frames" if latents_only(args) else "frames"
     name = printable(batch[0].prompt[:30]) if len(batch) == 1 else f"{len(batch)} clips"
     with ExitStack() as files, tqdm(total=frames_given + args.frames, unit="frame", desc=name) as bar:

@@ -8,6 +8,7 @@ one, which PyTorch calls flash, too. They differ by rounding: name one (--attent
 last bit.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -42,7 +43,8 @@ def seconds(name: str, q, k, v) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     times = []
     try:
-        with using(name), sdpa_kernel(BACKENDS[name]):  # it alone
+        with using(name), sdpa_kernel(BACKENDS[name]), torch.cuda.device(q.device), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # why another kernel cannot do this
             for _ in range(2 + ROUNDS):
                 start.record()
                 attention(q, k, v)

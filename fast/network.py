@@ -42,15 +42,16 @@ class Part:
     runs: list[tuple[int, int, int]]  # where they are written: (first slot, first of its frames, how many frames)
     sees: int  # the first so many slots
     commits: bool
-    moves_sink: int | None  # how many frames behind its first position the sink is put; None: it stays
+    moves_sink: int | None  # how many frames later than at first the sink is put; None: as before
 
 
 class Buffer(Cache):
     """model.Cache in one preallocated tensor per layer, of keys with RoPE and of values: `b (slots s) nh dh`.
 
-    A frame lies in a slot. The next chunk is written to the slots of frames that it does not see, which are forgotten
-    when it is begun, and behind all of them. So what it sees are the first so many slots; their order is nothing to
-    attention. There are as many slots as the window has frames; without a window, twice as many whenever they are full.
+    A frame lies in a slot. The next chunk takes the slots of frames that it does not see, which are forgotten when it
+    is begun, then new ones. So what it sees are the first so many slots; their order does not matter, as keys carry
+    their positions. There are as many slots as the window has frames; without a window, twice as many whenever they are
+    full.
     """
 
     def __init__(self, num_layers: int, window: int | None = None, sink: int = 0, relative: bool = False):
@@ -66,6 +67,9 @@ class Buffer(Cache):
             (seen,) = self.visible_frames(n)
             self.frames, self.slots = ([held[i] for i in seen[:-n]] for held in (self.frames, self.slots))
             slots = [slot for slot in range(len(seen)) if slot not in self.slots]
+            if len(slots) != n:
+                raise ValueError(f"got a chunk of {n} frames behind a look at a longer one, expected one as long: "
+                                 "commit before the length changes, or use the network itself")
             starts = [i for i in range(n) if i == 0 or slots[i] != slots[i - 1] + 1]
             runs = [(slots[i], i, end - i) for i, end in zip(starts, [*starts[1:], n])]
             moved = self.sink_distance()
@@ -79,7 +83,7 @@ class Buffer(Cache):
         return parts
 
     def sink_distance(self) -> int:
-        """How many frames behind its first position the sink has to be, to be right before the other frames seen."""
+        """How many frames later than at first the sink must lie, to be right before the other frames that are seen."""
         if not self.relative or not 0 < self.sink <= len(self.frames):
             return 0
         next_to_it = self.frames[self.sink] if len(self.frames) > self.sink else self.next_frame
@@ -195,7 +199,9 @@ class Fast:
 
     backend: of attention, a name of fast.attention.BACKENDS; "": the fastest, measured. compiled: torch.compile all but
     attention, anew for every shape. The network's parameters stay in use, and may be trained meanwhile; they must not
-    be moved to other memory (`net.to`). backends_used: those that ran so far.
+    be moved to other memory (`net.to`), nor may another Fast be made of them while this one is used. A forward forgets
+    what its chunk does not see, so until the next commit all chunks have one length. backends_used: those that ran so
+    far.
     """
 
     def __init__(self, net, backend: str = "", compiled: bool = False):

@@ -40,7 +40,10 @@ def measured(path: Path) -> dict[str, float]:
     known = {f.name for f in fields(Config)}
     cfg = Config(**{name: value for name, value in metadata["config"].items() if name in known})
     cfg, stage = replace(cfg, device="cpu", eval_clips=CLIPS, eval_seed=SEED), metadata["stage"]
-    net = load(SIZES[metadata["size"]], path, dtype=torch.float32)[0].eval().requires_grad_(False)
+    config = SIZES[metadata["size"]]
+    if STAGES[stage].windowed:
+        config = replace(config, window=cfg.window or None, sink=cfg.sink)
+    net = load(config, path, dtype=torch.float32)[0].eval().requires_grad_(False)
     _, labels, noise = evaluate.evaluation_set(cfg, CLIPS)
     clips = evaluate.generate(cfg, stage, net, STEPS, labels, noise)
     asked = evaluate.ask(cfg, stage, net, STEPS, "", first=False)

@@ -1,7 +1,7 @@
 """How long a model of the room remembers: true frames of a whole turn, then a long walk, whose frames are compared with
 the truth where the given ones determine them (worlds/room.py), by their distance in time.
 
-    python -m tools.walk --weights runs/room/salt.safetensors --frames 256 --out results/room_walk_cpu.json
+    python -m tools.walk --weights assets/room.safetensors --frames 256 --out results/room_walk_cpu.json
 
 Every way to bound the cache walks the same paths, from the same noise: all frames (as far as they go, positions that
 the network has never seen among them), the latest of a window, a sink as long as the turn, and the window that covers
@@ -64,7 +64,7 @@ def walks(path: int, rooms: int, frames: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def errors(net, path: int, way: tuple, args) -> list[float]:
+def errors(net, grid, path: int, way: tuple, args) -> list[float]:
     """The mean error in every span, where the turn determines a column; nan where it determines none."""
     labels, (window, sink, relative, keep) = walks(path, args.rooms, args.frames), way
     rooms, poses, _ = room.read(labels)
@@ -72,7 +72,7 @@ def errors(net, path: int, way: tuple, args) -> list[float]:
     cache = net.new_cache(window or args.frames, sink, relative, keep)
     x = torch.cat(list(rollout_with_prompts(
         net, lambda i, k: noises(range(args.rooms), (1, *real.shape[2:]), EVALUATE, 7, path, i, k), [(0, text)],
-        schedule(args.steps, 5.0), chunk=1, frames=args.frames - TURN, given=real[:, :TURN], cache=cache)), dim=1)
+        grid, chunk=1, frames=args.frames - TURN, given=real[:, :TURN], cache=cache)), dim=1)
     error, known = (x - real).square().mean((2, 3)), room.known(rooms, poses, TURN)[0]
     return [error[:, a:b][known[:, a:b]].mean().item() for a, b in spans(args.frames)]
 
@@ -100,18 +100,20 @@ def main(argv=None) -> dict:
     args = parse(argv)
     metadata = metadata_of(args.weights)
     config = SIZES.get(metadata.get("size"))
-    if config is None or config.family != "room" or not metadata.get("few_step") or not metadata.get("causal"):
-        raise ValueError(f"got {args.weights}, expected a causal student of the room: change --weights")
+    c = metadata.get("config", {})
+    if config is None or config.family != "room" or not (metadata.get("few_step") and c.get("chunk") == 1):
+        raise ValueError(f"got {args.weights}, expected a causal student of the room, frame by frame: change --weights")
     if not (16 <= args.frames <= 512 and args.paths > 0 and args.rooms > 0 and args.steps > 0):
         raise ValueError(f"got --frames {args.frames} --paths {args.paths} --rooms {args.rooms} --steps {args.steps}, "
                          "expected 16 to 512 frames, and at least one of the others")
     if args.figure and not find_spec("matplotlib"):
         raise ValueError("got --figure without matplotlib, expected it: pip install matplotlib")
     net = Fast(load(config, args.weights, dtype=torch.float32)[0].eval().requires_grad_(False))
+    grid = schedule(args.steps, c["shift"])
     print(f"{'frames':<30}" + "".join(f"{f'{a}-{b - 1}':>9}" for a, b in spans(args.frames)))
     found = {}
     for name, way in WAYS.items():
-        by_path = [errors(net, path, way, args) for path in range(args.paths)]
+        by_path = [errors(net, grid, path, way, args) for path in range(args.paths)]
         found[name] = [statistics.fmean(e for e in of if e == e) for of in zip(*by_path)]
         print(f"{name:<30}" + "".join(f"{e:>9.4f}" for e in found[name]), flush=True)
     if args.figure:

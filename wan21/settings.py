@@ -4,6 +4,7 @@
 """
 
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from cluster.files import check_device, metadata_of
@@ -34,14 +35,16 @@ def newest_student(prompts=()) -> Path:
     if saved:
         return max(saved, key=saved.get)
     shipped = [path for path in SHIPPED if path.exists()]
-    for path in shipped:
-        if knows(WORLDS[metadata_of(path)["config"]["world"]], prompts) or path == shipped[-1]:  # which says what is wrong
-            say(f"no student in runs/ yet: using {path}, which comes with this project")
-            return path
-    raise ValueError("got no student in runs/, expected one: run `python train.py` first, or give --weights")
+    if not shipped:
+        raise ValueError("got no student in runs/, expected one: run `python train.py` first, or give --weights")
+    fitting = [path for path in shipped if knows(WORLDS[metadata_of(path)["config"]["world"]], prompts)]
+    path = fitting[0] if fitting else shipped[-1]  # whose world says which words it knows
+    say(f"no student in runs/ yet: using {path}, which comes with this project")
+    return path
 
 
 def knows(world, prompts) -> bool:
+    """Whether a world has words for all prompts."""
     try:
         return all(world.parse(prompt) is not None for prompt in prompts)
     except ValueError:
@@ -98,6 +101,8 @@ def with_defaults(args, metadata: dict, size: str, along: int = 0):
           "wan": args.weights if args.weights.is_dir() else args.weights.parent,
           "precision": "bf16" if args.device.startswith("cuda") and not world else "fp32",
           "out": Path("sample.mp4" if not world and ".mp4" in video.formats() else "sample.webp")})
+    in_training = trained["window"] and args.frames <= trained["frames"] and not (args.image or args.clip)
+    fill({"positions": "absolute" if in_training else "relative"})
     check(args, family, world)
     check_length(args, along, int(bool(args.image)))
     warn(args, trained, expected, "were trained" if metadata["layout"] == "own" else "are usually trained")
@@ -123,6 +128,9 @@ def check(args, family, world) -> None:
         expect(args.negative_prompt is None, "negative_prompt", "none: the world knows only the empty prompt")
     expect(not args.preview or world or family.rgb, "preview", "none: it is not known for latents of this size")
     check_window(args.window, args.sink, args.chunk)
+    expect(args.device != "cpu" or args.attention in ("", "flash", "math"), "attention", "flash or math on a CPU")
+    expect(args.attention != "flash3" or find_spec("flash_attn_interface"), "attention",
+           "another, as the package flash_attn_interface is missing")
 
 
 def warn(args, trained: dict, expected: dict, made: str) -> None:

@@ -219,6 +219,8 @@ TOY = dict(first_steps=8, chunk=2, solver="cm", shift=4.0, guidance=1.0, window=
 
 @pytest.mark.parametrize("size, kind, recorded, given, expected", [
     ("toy", "student", {}, "", TOY), ("toy", "student", dict(window=4, sink=2), "", TOY | dict(window=4, sink=2)),
+    ("toy", "student", dict(window=4, sink=2), "--frames 6",
+     TOY | dict(window=4, sink=2, frames=6, positions="absolute")),
     ("toy", "student", dict(window=3, sink=0), "--chunk 4", TOY | dict(window=4, sink=0, chunk=4)),
     ("toy", "student", {}, "--sink 5", TOY | dict(window=7, sink=5)),
     ("toy", "teacher", {}, "", TOY | dict(first_steps=1, solver="euler", guidance=3.0, steps=40)),
@@ -230,8 +232,8 @@ TOY = dict(first_steps=8, chunk=2, solver="cm", shift=4.0, guidance=1.0, window=
     ("wan1.3b", "student", dict(height=60, width=104, chunk=3, frames=21), "--image x.png",
      TOY | dict(steps=4, chunk=3, window=21, height=480, width=832, frames=18, batch=1))])
 def test_defaults_are_those_of_training(tmp_path, size, kind, recorded, given, expected):
-    """Bug: a checkpoint sampled with another chunk, window, sink, shift, solver, guidance or first chunk than it was
-    trained for."""
+    """Bug: a checkpoint sampled with another chunk, window, sink, shift, solver, guidance, first chunk or positions
+    than it was trained for."""
     causal, few_step = kind in ("student", "teacher"), kind in ("student", "dmd4")
     about = dict(layout="own", stage=kind, causal=causal, few_step=few_step, solver="cm" if few_step else "euler",
                  size=size, config=OWN | recorded)
@@ -503,6 +505,7 @@ def test_a_mismatch_is_a_warning_that_says_what_to_expect(wan, tmp_path, capsys,
     (("--prompt", FOX, "--part", "critic"), "critic.*--part"),
     (("--prompt", FOX, "--size", "wan14b"), "change --size to wan1.3b"),
     (("--prompt", FOX, "--device", "tpu"), "--device tpu"),
+    (("--prompt", FOX, "--attention", "cudnn"), "--attention cudnn, expected flash or math on a CPU"),
 ])
 def test_bad_input_is_named(wan, tmp_path, monkeypatch, words, message):
     """Bug: a traceback from deep inside, or an error after the hour that it took to get there."""
