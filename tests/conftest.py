@@ -99,7 +99,8 @@ def golden_net(golden):
 
 @pytest.fixture
 def tiny():
-    """tiny(**config): a small network whose every weight is random, so that nothing is hidden behind a zero."""
+    """tiny(**config): a small network whose every weight is random, so that nothing is hidden behind a zero; but with
+    cameras prope_o is zero, as at the start of a training."""
     def make(**changes):
         config = WanConfig(**{**dict(dim=24, ffn_dim=48, num_heads=2, num_layers=2, in_dim=3, patch_size=(1, 2, 2),
                                      freq_dim=16, text_dim=5, text_len=3), **changes})

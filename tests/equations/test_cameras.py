@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import close, close_norm
 
-from cameras import KINDS, covering, matrices, row_of
+from cameras import KINDS, covering, matrices, row_of, towards
 from flowmap import Condition, Guided, bell_weight, loss_weight, of_frames, schedule, to_x0
 from model import SIZES, WanConfig, rope_angles
 from rollout import joined, recache, shared_noise, stream
@@ -130,9 +130,14 @@ def test_self_attention_token_by_token(seeing, kind):
 
 @pytest.mark.parametrize("kind", SEEN)
 def test_the_inverse_is_the_inverse(kind):
-    """Bug: P^-1 that is only P^T, or of other focal lengths."""
-    p, inverse = matrices(kind, rows_of(torch.Generator().manual_seed(0), 2, 3)[..., 4:], 2, 3, 32)
+    """Bug: P^-1 that is only P^T, or of other focal lengths; cameras that are lost where the last frame, the origin,
+    has none."""
+    rows = rows_of(torch.Generator().manual_seed(0), 2, 3)[..., 4:]
+    p, inverse = matrices(kind, rows, 2, 3, 32)
     close(p @ inverse, torch.eye(4).expand_as(p))
+    rows[:, -1] = 0
+    p, inverse = matrices(kind, rows, 2, 3, 32)
+    close((p @ inverse)[:, :-1], torch.eye(4).expand_as(p[:, :-1]))
 
 
 def test_a_ray_is_a_camera_turned_to_the_middle_of_its_patch():
@@ -282,18 +287,22 @@ def test_a_commit_on_the_way_is_a_commit(seeing, kind, window, sink, relative):
 
 def test_poses_are_covered():
     """Bug: the frame forgotten that shows what no other does, or the older of two that show the same; headings or
-    places that do not count; the first frame or the last ones forgotten."""
-    def kept(poses, keep, clips=1):
+    places that do not count; the first frame or the last ones forgotten; one clip that decides for all."""
+    def kept(poses, keep):
         rows = row_of(*camera_of(torch.tensor(poses, dtype=torch.float32)))
-        return covering(rows[None].expand(clips, -1, -1), keep)
+        return covering(rows if rows.ndim == 3 else rows[None], keep)
 
     turn = [[0, 0, a] for a in (0, 1, 2, 1, 3, 2, 3)]
-    assert kept(turn, 7) == list(range(7)) and kept(turn, 6, clips=3) == [0, 1, 2, 4, 5, 6]
+    assert kept(turn, 7) == list(range(7)) and kept(3 * [turn], 6) == [0, 1, 2, 4, 5, 6]
     assert kept([[0, 0, a] for a in (0, 1, 2, 3, 2, 1, 0)], 5) == [0, 2, 3, 5, 6]  # 4 shows what 2 did
     walk = [[x, 0, 0] for x in (0, 1, 2, 2.1, 3, 3, 3)]
     assert kept(walk, 6) == [0, 1, 2, 4, 5, 6] and kept(walk, 4) == [0, 2, 5, 6]
     assert kept([[0, 0, 0], *3 * [[0, 0, 0.1]], [0, 0, 0], [0, 0, 0]], 3) == [0, 4, 5]
     assert [kept(turn, n) for n in (2, 1, 0)] == [[0, 6], [0], []]  # a window with no room for two recent frames
+    assert kept([[[0, 0, a] for a in (0, by, 0.5, 0, 0)] for by in (0.1, 2)], 4) == [0, 1, 3, 4]
+    assert kept([[0, 0, 0], [1.5, 0, 0], [1.5, 0, 0.3], [1.9, 0, 0], [0, 0, 3], [0, 0, 3]], 5) == [0, 1, 3, 4, 5]
+    right, down = torch.tensor([[0, 0, 0.3, 0, 0], [0, 1.6, 0, 0, 0]])  # where the axes z point
+    assert covering(row_of(towards(right, down), torch.eye(3).expand(5, 3, 3))[None], 4) == [0, 1, 3, 4]
 
 
 @pytest.mark.parametrize("kind", SEEN)
@@ -315,6 +324,7 @@ def test_a_cache_that_covers_poses_is_one_of_these_frames(seeing, kind):
             net.append(cache, clean[:, 4:5], of_frames(told, 4, 5))
             close(got, net(x[:, 5:], t[:, 5:], of_frames(told, 5, 6), cache=cache), 1e-5)
         assert cache.frames == [0, 1, 2, 3, 4]
+    assert recache(net, cache, [(i, clean[:, i : i + 1]) for i in range(5)], told).keep == cache.keep == "poses"
     seen = [0, 1, 3, 4, 5]
     clip, times = torch.cat([clean[:, seen[:4]], x[:, 5:]], 1), torch.cat([torch.zeros(2, 4), t[:, 5:]], 1)
     close(got, net(clip, times, Condition(told.words, told.rows[:, seen]))[:, 4:], 1e-5)

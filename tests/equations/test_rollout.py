@@ -370,7 +370,7 @@ def bytes_alive():
 @torch.no_grad()
 def test_2000_frames_in_constant_memory(tiny, relative):
     """Bug: anything that grows with the clip: keys, tables of positions, a slice that keeps a whole tensor alive. All
-    tensors alive are counted, after 100 frames and after 2,000."""
+    tensors alive are counted, after 100 frames and after 2,000; with prompts, after 300."""
     net, g = tiny(num_layers=1), torch.Generator().manual_seed(0)
     text, cache, alive = torch.randn(1, 3, 5, generator=g), net.new_cache(window=6, sink=1, relative=relative), {}
 
@@ -382,6 +382,11 @@ def test_2000_frames_in_constant_memory(tiny, relative):
             alive[i] = bytes_alive()
     assert cache.next_frame == 2000 and cache.frames == [0, 1995, 1996, 1997, 1998, 1999]
     assert alive[999] <= alive[49]
+    for i, _ in enumerate(rollout_with_prompts(net, noise, [(0, text)], schedule(1, 5.0), chunk=2, frames=302,
+                                               cache=net.new_cache(window=6, sink=1, relative=relative))):
+        if i in (49, 149):
+            alive[i] = bytes_alive()
+    assert alive[149] <= alive[49]
 
 
 def test_gradient_stays_in_its_chunk(tiny):

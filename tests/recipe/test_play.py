@@ -173,6 +173,13 @@ def test_bf16_weights_are_played_in_fp32(still, tmp_path):
     assert len(follow(player, [("red ball", 2, "none")] * 3)[0]) == 3
 
 
+def test_a_clip_of_one_chunk_is_played_on(still, tmp_path):
+    """Bug: a window of the clips of training that has no room for the sink and a chunk."""
+    config = RECORD | dict(world="toy", frames=3, chunk=3, height=10, width=10)
+    player = still(write_student(tmp_path / "student.safetensors", "toy", config=config))
+    assert len(follow(player, [("red ball", 2, "none")] * 2)[0]) == 6
+
+
 def test_what_is_played_by_default(still, students, tmp_path, monkeypatch):
     """Bug: a shipped student in place of one's own, an old one of one's own, a teacher, which blurs."""
     monkeypatch.chdir(tmp_path)
@@ -263,7 +270,7 @@ def test_video_with_a_camera_is_walked_through(wan, still):
 
 def test_frames_are_shown_at_their_rate(still, monkeypatch):
     """Bug: frames of a chunk that are shown at once, a chunk that is shown before the last one's end or makes all later
-    ones late, a rate above that of the world."""
+    ones late, a rate above that of the world, more frames kept than there is memory for."""
     player = still("toy")
     player.fps, player.began = 20.0, time.monotonic()
     picture = torch.zeros(3, 10, 10, 3, dtype=torch.uint8).numpy()
@@ -284,6 +291,10 @@ def test_frames_are_shown_at_their_rate(still, monkeypatch):
     player.until = due[0]  # a machine that is too slow: all frames are shown, but for one
     player.hand_over(player.clip, picture, [None] * 3, {})
     assert abs(player.frames[-3].due - (due[0] + 8.99)) < 1e-6
+    assert len(player.frames) == 12
+    monkeypatch.setattr(play, "CLIP_BYTES", 5 * picture[0].nbytes)  # of large pictures, fewer are kept
+    player.hand_over(player.clip, picture, [None] * 3, {})
+    assert [frame.number for frame in player.frames] == [11, 12, 13, 14, 15]
 
 
 def test_a_short_key_is_one_action(still):
@@ -403,6 +414,28 @@ def test_one_page_plays(server):
     leave(server, OTHER)
 
 
+def test_a_page_that_takes_over(still):
+    """Bug: the old page's prompt in the new page's clip, as it took long to embed; a page that comes back after its
+    lease and sees the clip of before."""
+    player = still("toy")
+    player.who, player.asked = ME, time.monotonic()
+    prompt, embed = player.prompt, player.embed
+    player.embed = lambda prompt: setattr(player, "who", OTHER) or embed(prompt)
+    with pytest.raises(play.Refused, match="does not play"):
+        player.take(ME, {"prompt": next(p for p in player.prompts if p != prompt), "keys": []})
+    assert player.prompt == prompt
+    clip, player.asked = player.clip, -play.LEASE
+    assert player.frame(OTHER, 0) is None and player.clip == clip + 1
+
+
+def test_a_port_that_is_taken(students):
+    """Bug: an error without the flag to change."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with pytest.raises(ValueError, match=f"--port {port} .*change --host or --port"):
+            play.main(play.parse(["--weights", str(students["toy"]), "--port", port, "--no-browser"]))
+
+
 def test_a_page_that_is_gone_makes_room(server, monkeypatch):
     """Bug: a browser that crashed and plays for ever."""
     monkeypatch.setattr(play, "LEASE", 0.3)
@@ -436,12 +469,14 @@ def test_pause_restart_seed_and_start(server):
         assert server.player.frames[1].about["steps"] == 4
     assert truths[5][0] == truths[5][1] != truths[6][0]
     assert say(restart=True) == 204 and until(lambda: server.player.frames and server.player.frames[0].number > stands)
-    assert first["steps"] == 1 and say(start="look", steps=1) == 204
+    clip = server.player.clip
+    assert first["steps"] == 1 and say(start="look", steps=1) == 204 and server.player.clip == clip + 1
     leave(server)
 
 
 def test_a_clip_is_saved(server, tmp_path):
-    """Bug: a clip that grows without bound, holds other frames than those shown, or lacks the truth asked for."""
+    """Bug: a clip that grows without bound, holds other frames than those shown, lacks the truth asked for, or enlarges
+    video."""
     until(lambda: frame(server)[0] == 200)
     until(lambda: len(server.player.frames) > 5)
     for truth, width in ((0, 24), (1, 24 + 1 + 24)):
@@ -453,6 +488,10 @@ def test_a_clip_is_saved(server, tmp_path):
             shown = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8).view(128, -1, 3)
         of = server.player.frames[0].picture
         assert (shown[4::8, 4:192:8].int() - torch.from_numpy(of).int()).abs().float().mean() < 12  # compressed
+    large = SimpleNamespace(picture=torch.zeros(200, 24, 3, dtype=torch.uint8).numpy(), truth=None)
+    (tmp_path / "clip.webp").write_bytes(page.webp([large, large], True, 12))
+    with Image.open(tmp_path / "clip.webp") as image:
+        assert image.size == (24, 200)
     leave(server)
 
 

@@ -137,7 +137,7 @@ def test_a_clip_is_the_same_whatever_the_batch():
 
 
 def test_half_of_the_clips_look_around():
-    """Bug: data in which memory is hardly ever needed."""
+    """Bug: data in which memory is hardly ever needed, or walks with other actions, or other pauses between them."""
     labels = ROOM.draw_labels(2000, 32, torch.Generator().manual_seed(0))
     rooms, poses, actions = read(labels)
     assert (poses[:, 0] == 0).all()
@@ -157,6 +157,12 @@ def test_half_of_the_clips_look_around():
     walks = ~whole.any(1) & ~away.any(1)
     assert (actions[walks, 1:] == room.FORWARD).float().mean() > 0.2
     assert (actions[:, 0] == room.NONE).all()
+    u = torch.rand(4000, room.numbers(3), generator=torch.Generator().manual_seed(0))
+    u[:, 11] = 0.9  # nobody looks around; and nothing stops the first two steps
+    first, second = room.drawn(u, 3)[:, 12:].long().T
+    law = torch.tensor([0.08, 0.4, 0.12, 0.2, 0.2])
+    assert (torch.bincount(first) / 4000 - law).abs().max() < 0.03
+    assert abs((first == second).float().mean() - (0.6 + 0.4 * law.square().sum())) < 0.03
     assert (rooms[:, :4].sort(1).values.diff(dim=1) > 0).all()
     share = [torch.bincount(of.flatten()) / of.numel() for of in (rooms[:, :4], rooms[:, 4:])]
     assert all((of - 1 / len(of)).abs().max() < 0.02 for of in share) and list(map(len, share)) == [6, 4]

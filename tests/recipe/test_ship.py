@@ -32,16 +32,22 @@ def test_the_student_that_knows_the_words(prompts, world, tmp_path, monkeypatch)
 
 
 def test_what_is_shipped(tmp_path, monkeypatch):
-    """Bug: weights that are not the student's, a teacher that is shipped as one, a record without its command."""
+    """Bug: weights that are not the student's, or too large for bf16, a teacher or a student of whole clips that is
+    shipped as one, a record without its command and commit, or with a path of this machine."""
     monkeypatch.setattr(ship, "measured", lambda path: {"validity": 0.5})
     weights, metadata = read_tensors(SHIPPED[0])
     src, out = tmp_path / "salt.safetensors", tmp_path / "room.safetensors"
+    metadata["config"]["out"] = str(tmp_path)
     write_tensors(src, {name: w.float() for name, w in weights.items()}, metadata)
-    ship.main([str(src), str(out), "--command", "python train.py --world room --seed 5"])
+    ship.main([str(src), str(out), "--command", "python train.py --world room --seed 5", "--commit", "abc"])
     shipped, about = read_tensors(out)
     assert about["made"]["command"].endswith("--seed 5") and about["made"]["measured"] == {"validity": 0.5}
-    assert "tmp" not in str(about["config"])
+    assert about["made"]["commit"] == "abc" and str(tmp_path) not in str(about)
     assert all(w.dtype == torch.bfloat16 and torch.equal(w, weights[name]) for name, w in shipped.items())
-    write_tensors(src, weights, metadata | {"stage": "teacher_forcing"})
-    with pytest.raises(ValueError, match="few-step student"):
+    for stage in ("teacher_forcing", "dmd4"):
+        write_tensors(src, weights, metadata | {"stage": stage})
+        with pytest.raises(ValueError, match="few-step student"):
+            ship.main([str(src), str(out), "--command", "x"])
+    write_tensors(src, {name: torch.full_like(w, 3.4e38, dtype=torch.float32) for name, w in weights.items()}, metadata)
+    with pytest.raises(ValueError, match="no finite numbers"):
         ship.main([str(src), str(out), "--command", "x"])
