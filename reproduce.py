@@ -8,8 +8,9 @@
 
 Findings are modules of findings/, which says what such a module has; docs/findings/ has a page for each. A finding is
 cut into cells, each saved when it is done in results/findings/NAME.json or --out: a stopped run goes on where it
-stopped, and one that is complete is shown. Most take 1 to 4 minutes on one core; steps, grids and hybrid about 20;
-pixels two hours. Trained students are kept in runs/findings. The figure, NAME.png beside the results, needs matplotlib.
+stopped, and one that is complete is shown. Most take 1 to 10 minutes on one core; steps, grids and hybrid about 20;
+pixels two hours, and alignment and length as long as the recipe, where it was not trained before. Trained students are
+kept in runs/findings. The figure, NAME.png beside the results, needs matplotlib.
 """
 
 import argparse
@@ -30,7 +31,8 @@ from cluster.files import read_json, replacing, run_command, write_json
 from findings import markdown
 
 FINDINGS = ("chords", "pooled_critic", "guidance_per_step", "steps", "grids", "agreement", "defect", "hybrid",
-            "gradient_route", "price", "pixels")
+            "gradient_route", "price", "pixels", "initialisation", "cd_against_ode", "drift", "cache",
+            "alignment", "length")
 SEEDS = range(100, 105)  # settings were chosen on others
 EXACT = dict(linestyle="--", linewidth=2.5, alpha=0.4)  # how predictions are drawn
 
@@ -162,7 +164,8 @@ def draw(name: str, content: dict, path: Path) -> bool:
         here = {name: [row for row in rows if line_of(row) == name and
                        [row.get(panel) for panel in finding.PANELS] == [down, right]] for name in names}
         draw_lines(axes[i][j], here, key, columns)
-        axes[i][j].set_ylim(getattr(finding, "RANGE", None))
+        if hasattr(finding, "RANGE"):
+            axes[i][j].set_ylim(finding.RANGE)
         axes[i][j].set_title(", ".join(f"{panel} {word(value)}" for panel, value in zip(finding.PANELS, (down, right))
                                        if value is not None), fontsize=8)
     figure.supxlabel(key, fontsize=9)
@@ -199,7 +202,8 @@ def parse(argv=None):
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                     allow_abbrev=False)
     flags.add_argument("name", nargs="?", help="the finding; all are listed without")
-    flags.add_argument("--seeds", type=int, help="how many seeds (default: 5, counted from 100; pixels: 3, from 1)")
+    flags.add_argument("--seeds", type=int, help="how many seeds (default: 5, counted from 100; pixels: 3, from 1; "
+                                                   "alignment, length: 0 alone)")
     flags.add_argument("--fast", action="store_true",
                        help="few and small cells, to see that it runs; their numbers mean nothing")
     flags.add_argument("--out", default="", help="folder of the results (default: results/findings, and "

@@ -153,7 +153,7 @@ def test_stage_2_costs_what_is_said(monkeypatch):
     for name in initialisation.STARTS:
         spent[0] = 0
         initialisation.stage_2(name, start.requires_grad_(False), [0], 1, compute)
-        assert abs(spent[0] / compute - (name != "AR diffusion")) < 0.1, name
+        assert abs(spent[0] / compute - (name != "AR diffusion")) < (0.1 if "DMD" in name else 0.02), name
 
 
 @pytest.mark.parametrize("method", cd_against_ode.METHODS)

@@ -212,6 +212,10 @@ def test_tables_of_speed_are_those_of_the_results():
     assert rows("Beside the official code", DOCS["speed"]) == [
         [r["what"], *(told(r[way]["cpu_seconds"]) for way in ("official", "plain", "fast")),
          f"{r['official']['cpu_seconds'] / r['fast']['cpu_seconds']:.2f}x"] for r in results("official_cpu")["rows"]]
+    updates = results("updates_toy_cpu")
+    stages = [[told(s) for s in updates["seconds"][when].values()] + [f"{updates['recipe_minutes'][when]:.1f} min"]
+              for when in ("before", "now")]
+    assert [row[1:] for row in rows("Training", DOCS["speed"])] == stages
 
 
 def test_tables_are_those_of_the_results():

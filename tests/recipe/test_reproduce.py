@@ -10,10 +10,13 @@ from conftest import ROOT, close
 from exact_worlds import Gaussian
 
 import reproduce
-from findings import gaussian, mixture
+import stage
+import train
+from config import Config
+from findings import alignment, gaussian, length, mixture
 from findings.mixture import Ring
 from flowmap import sample, schedule
-from worlds.draws import generator
+from worlds.draws import Draw, generator
 
 QUICK = [name for name in reproduce.FINDINGS if name != "pixels"]  # which test_evaluate.py runs
 
@@ -21,6 +24,7 @@ QUICK = [name for name in reproduce.FINDINGS if name != "pixels"]  # which test_
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.setattr(mixture, "FOLDER", tmp_path / "students")
+    monkeypatch.setattr(length, "ROOT", tmp_path / "recipe")
     monkeypatch.setattr(mixture, "N_EVAL", 200)
     mixture.evaluation_set.cache_clear()
     yield
@@ -238,3 +242,58 @@ def test_the_error_of_the_perfect_student_is_its_gain(monkeypatch):
     assert abs(mixture.contrast(x, world, 1.0)[0] - gain) < 0.02
     cm = mixture.samples(world.perfect_student, world, "cm", 8, 5.0)
     assert mixture.error(cm, world, 1.0)[0] < 0.04 < mixture.error(cm, world, 4.0)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The recipe's networks
+
+def test_alignment_is_measured_on_the_rollouts_that_training_aligns(small, tmp_path, monkeypatch):
+    """Bug: exits that training never draws, or a reference of other steps than L_align's."""
+    cfg, seen = Config(out=str(tmp_path), frames=3, batch=2, critic_steps=1, align_warmup=0.0, align_prob=1.0), []
+    real = train.rollout
+    for module in (train, alignment):
+        monkeypatch.setattr(module, "rollout", lambda cfg, net, text, noise, *how: (
+            seen.append(how), real(cfg, net, text, noise, *how))[1])
+    monkeypatch.setattr(train, "load_finished", lambda *args: None)
+    monkeypatch.setattr(stage, "load_finished", lambda *args: None)
+    training = train.begin(cfg, "salt")
+    aligned = set()
+    for step in range(12):
+        seen.clear()
+        training.update(step)
+        aligned |= {tuple(seen[1:])} if len(seen) == 3 else set()  # after the critic's
+    seen.clear()
+    for k in (2, 4):
+        for exits in alignment.exits_of(cfg, k):
+            draw = Draw(cfg, stage.source_of(cfg), "dmd", 0, slice(0, cfg.batch))
+            _, x_low, x_ref, another = alignment.rollouts_of(cfg, training.nets["net"], draw, k, *exits)
+            if k == 2:  # both make the first frame alike
+                close(x_low[:, 0], x_ref[:, 0])
+            assert not torch.allclose(x_ref, another())
+    assert len(aligned) > 3 and aligned <= {tuple(seen[i : i + 2]) for i in range(0, len(seen), 3)}
+
+
+def test_a_share_of_pairs_is_counted_by_hand():
+    """Bug: a share that counts a token's relation to itself, which never differs, or differences within the margin."""
+    z, near = torch.eye(3)[None, None], torch.eye(3)[None, None].clone()
+    near[..., 1, 0] = 0.05
+    assert alignment.share(z, near) == 0
+    near[..., 1, 0] = 1.0
+    close(alignment.share(z, near), torch.tensor(1 / 3))
+
+
+def test_a_window_of_a_long_clip_forgets_what_it_should(small, tmp_path):
+    """Bug: a memory of another length than the table says; positions that matter where there is no sink."""
+    cfg = length.recipe("toy", 0, True)
+    length.trained(cfg, ("bidirectional", "teacher_forcing", "causal_cd"))
+    labels = torch.arange(2)
+
+    def made(window, sink=0, relative=False):
+        memory = dict(window=window, sink=sink, relative=relative)
+        return length.long_clips(cfg, "causal_cd", memory, labels, 8)
+
+    all_frames, window = made(8), made(4)
+    close(window[:, :4], all_frames[:, :4])
+    assert not torch.allclose(window[:, 4], all_frames[:, 4], atol=1e-5)
+    close(made(4, relative=True), window, 1e-3)
+    assert not torch.allclose(made(4, 1, True)[:, 5:], made(4, 1)[:, 5:], atol=1e-3)
