@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import AS_SHIPPED, ROOT
 from PIL import Image
 from test_train import TINY
 
@@ -89,6 +89,8 @@ def home(tmp_path_factory):
         torch.save({"generator_ema": {f"model.{k}": v for k, v in net.state_dict().items()}}, name)
     torch.save({"generator_ema": CausalWan(walks).init_weights(0).state_dict()}, "walk.pt")
     Image.new("RGB", (48, 32), "orange").save("fox.png")
+    Path("assets").mkdir()
+    shutil.copy(ROOT / "assets" / "toy.safetensors", "assets")
     Path("prompts.txt").write_text("a red fox runs through snow\na dog\n")
     for i in range(2):
         (home / "clips" / f"v{i}").mkdir(parents=True)
@@ -142,7 +144,10 @@ def run_sample(words):
 
 
 def run_play(words):
-    play.Player(play.parse(words)).close()
+    with pytest.MonkeyPatch.context() as patch:
+        if "assets/toy.safetensors" in words:  # which is of the real size
+            patch.setitem(SIZES, "toy", AS_SHIPPED["toy"])
+        play.Player(play.parse(words)).close()
 
 
 def run_reproduce(words, monkeypatch):
@@ -218,7 +223,7 @@ def failures(todo, monkeypatch):
 def test_every_command(home, monkeypatch, capsys):
     """Bug: a command that fails when it is typed: `rm` on a folder, weights that the step before did not make, a batch
     that does not divide, more memory than a card has, a flag of another program."""
-    monkeypatch.setattr(sample, "newest_student", lambda: Path("runs/toy/salt.safetensors"))  # who types them has one
+    monkeypatch.setattr(sample, "newest_student", lambda prompts: Path("runs/toy/salt.safetensors"))  # there is one
     todo = commands()
     assert len(todo) > 40
     train.main(dataclasses.replace(config.parse([]), **TINY_TOY))
