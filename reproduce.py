@@ -203,7 +203,7 @@ def parse(argv=None):
                                     allow_abbrev=False)
     flags.add_argument("name", nargs="?", help="the finding; all are listed without")
     flags.add_argument("--seeds", type=int, help="how many seeds (default: 5, counted from 100; pixels: 3, from 1; "
-                                                   "alignment, length: 0 alone)")
+                                                 "alignment, length: 0 alone)")
     flags.add_argument("--fast", action="store_true",
                        help="few and small cells, to see that it runs; their numbers mean nothing")
     flags.add_argument("--out", default="", help="folder of the results (default: results/findings, and "

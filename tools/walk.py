@@ -101,7 +101,8 @@ def main(argv=None) -> dict:
     metadata = metadata_of(args.weights)
     config = SIZES.get(metadata.get("size"))
     c = metadata.get("config", {})
-    if config is None or config.family != "room" or not (metadata.get("few_step") and c.get("chunk") == 1):
+    is_student = metadata.get("causal") and metadata.get("few_step") and c.get("chunk") == 1
+    if config is None or config.family != "room" or not is_student:
         raise ValueError(f"got {args.weights}, expected a causal student of the room, frame by frame: change --weights")
     if not (16 <= args.frames <= 512 and args.paths > 0 and args.rooms > 0 and args.steps > 0):
         raise ValueError(f"got --frames {args.frames} --paths {args.paths} --rooms {args.rooms} --steps {args.steps}, "

@@ -1,5 +1,6 @@
 """play.py: what is played is a rollout, its server does what it says and no more, and its page works in a browser."""
 
+import dataclasses
 import gc
 import http.client
 import json
@@ -426,6 +427,13 @@ def test_a_page_that_takes_over(still):
     assert player.prompt == prompt
     clip, player.asked = player.clip, -play.LEASE
     assert player.frame(OTHER, 0) is None and player.clip == clip + 1
+
+
+def test_rows_that_no_key_tells(still, tmp_path, monkeypatch):
+    """Bug: another world whose frames are told numbers, taken for the room; its error came from the player's thread."""
+    monkeypatch.setitem(SIZES, "toy", dataclasses.replace(SIZES["toy"], row_dim=1))
+    with pytest.raises(ValueError, match="told 1 numbers of each frame.*--weights"):
+        still(write_student(tmp_path / "rows.safetensors", "toy"))
 
 
 def test_a_port_that_is_taken(students):

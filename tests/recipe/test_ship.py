@@ -5,7 +5,7 @@ import torch
 from conftest import ROOT
 
 from cluster.files import metadata_of, read_tensors, write_tensors
-from tools import ship
+from tools import ship, walk
 from wan21.settings import newest_student
 
 SHIPPED = sorted((ROOT / "assets").glob("*.safetensors"))
@@ -20,6 +20,15 @@ def test_a_shipped_student_is_as_good_as_its_record(path):
     assert found.keys() == made["measured"].keys()
     for name, value in found.items():
         assert abs(value - made["measured"][name]) <= 0.02 * abs(value) + 1e-3, name
+
+
+@pytest.mark.parametrize("name", ["causal", "few_step"])
+def test_who_walks(name, tmp_path):
+    """Bug: a student of whole clips, or a teacher, that is taken for one that goes on frame by frame."""
+    weights, metadata = read_tensors(ROOT / "assets" / "room.safetensors")
+    write_tensors(tmp_path / "other.safetensors", weights, metadata | {name: False})
+    with pytest.raises(ValueError, match="expected a causal student of the room.*--weights"):
+        walk.main(["--weights", str(tmp_path / "other.safetensors")])
 
 
 @pytest.mark.parametrize("prompts, world", [
