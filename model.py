@@ -18,8 +18,7 @@ No mask is ever built. For chunk i, the clean and the noisy stream attend to the
 the batch axis and attention is called once per chunk on [past | own chunk]. That is dense attention at exactly the
 needed cost, on any device, and the same code path as the cache.
 
-Parameter names and shapes are those of the official Wan 2.1 state dict, so `load_state_dict(strict=True)` is the
-loader.
+Parameter names and shapes are those of the official Wan 2.1 state dict: `load_state_dict(strict=True)` is the loader.
 
 Glossary   b batch, f frames, c h w latent channels, height, width; n tokens; d model width; nh heads; dh head width.
            t is in [0, 1], 1 = noise; Wan's 1000 appears only inside the time embedding. x `b f c h w`; t `b f`, or a
@@ -139,12 +138,11 @@ def rope_angles(frames: Tensor, h: int, w: int, dh: int) -> Tensor:
         return torch.outer(position.double(), torch.pow(10000, -count(pairs) / pairs))
 
     f = len(frames)
-    grid = torch.cat([
+    return torch.cat([
         angles(frames, dh // 2 - 2 * third)[:, None, None].expand(f, h, w, -1),
         angles(count(h), third)[None, :, None].expand(f, h, w, -1),
         angles(count(w), third)[None, None, :].expand(f, h, w, -1),
-    ], dim=-1)
-    return rearrange(grid, "f h w p -> (f h w) p")
+    ], dim=-1).flatten(0, 2)
 
 
 @lru_cache(maxsize=16)  # the steps of a chunk, and the chunks of the next rollout, ask for the same table
@@ -265,8 +263,7 @@ class Attention(nn.Module):
 
 def modulate(x, shift, scale):
     """Adaptive layer norm: x `b (f s) d` with one shift and scale `b f d` per frame."""
-    x = x.unflatten(1, (shift.shape[1], -1))
-    return torch.addcmul(shift[:, :, None], x, 1 + scale[:, :, None]).flatten(1, 2)
+    return torch.addcmul(shift[:, :, None], x.unflatten(1, (shift.shape[1], -1)), 1 + scale[:, :, None]).flatten(1, 2)
 
 
 def gated(x, y, gate):
@@ -289,8 +286,14 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 6, c.dim))
 
     def forward(self, x, time, text, attend):
-        """x `b (f s) d`, time `b f 6 d`, text `b l d`; attend(q, k, v) is this layer's layout."""
-        return self.after(x, attend(*self.before(x, time)), time, *self.cross_attn.keys_and_values(text))
+        """x `b (f s) d`, time `b f 6 d`, text `b l d`; attend(q, k, v) is this layer's layout. In the last layer it
+        returns those tokens alone that are asked for (always the last ones), or None: keys and values were enough."""
+        attended = attend(*self.before(x, time))
+        if attended is None:
+            return None
+        b, n = attended.shape[:2]
+        x, time, text = x[-b:, -n:], time[-b:, -n * time.shape[1] // x.shape[1] :], text[-b:]
+        return self.after(x, attended, time, *self.cross_attn.keys_and_values(text))
 
     def before(self, x, time):
         """Queries, keys and values of self-attention. It is apart from `after` so that both can be compiled whole."""
@@ -385,8 +388,8 @@ class CausalWan(nn.Module):
         chunk: frames per chunk, for the causal layouts. clean: `b f c h w`, the clean clip, for teacher forcing.
         cache: the past, for a rollout; x is then the next chunk. With both, clean `b n c h w` is the chunk before x,
         finished but not in the cache yet: it is committed in the same forward (at t = 0, without gradient), and rows
-        are of all n + f frames. commit: write x's keys and values into the cache (used by `append`). num_blocks: stop
-        after that many blocks and return their tokens `b f s d` instead, the features that align.py compares.
+        are of all n + f frames. commit: write x's keys and values into the cache, and return None (used by `append`).
+        num_blocks: stop after that many blocks and return their tokens `b f s d`, the features that align.py compares.
         Returns `b f c h w` like x. Raises ValueError on shapes that do not fit.
         """
         c, t, (words, rows) = self.config, per_frame(t, x), words_and_rows(text)
@@ -400,7 +403,7 @@ class CausalWan(nn.Module):
             x, t = torch.cat([clean, x]), torch.cat([torch.zeros_like(t), t])
             words, rows = words_and_rows(twice(text))
 
-        written, to_write = [], f * h * w if commit else before * h * w
+        written, to_write = [], f if commit else before  # frames
         camera = rows[..., c.row_dim:] if c.sees_cameras else None
         if cache is not None:
             layout = self._cached(cache, (before, f) if before else (f,), h, w, x.device, camera)
@@ -414,20 +417,19 @@ class CausalWan(nn.Module):
         for layer, block in enumerate(self.blocks[:num_blocks]):
             def attend(q, k, v, layer=layer):
                 if to_write:
-                    own = (z[:, :to_write].detach() for z in (k, v))
-                    written.append([z.clone() for z in own] if before else list(own))  # keep no slice of both chunks
-                return layout(layer, q, k, v)
+                    written.append([z[:, : to_write * h * w].detach().clone() for z in (k, v)])
+                if layer + 1 < (num_blocks or c.num_layers):
+                    return layout(layer, q, k, v)
+                return None if commit else layout(layer, q, k, v)[len(x) - b :, before * h * w :]  # of x_t
             if self.checkpointing and torch.is_grad_enabled():
                 tokens = checkpoint(block, tokens, time6, text, attend, use_reentrant=False, preserve_rng_state=False)
             else:
                 tokens = block(tokens, time6, text, attend)
         if to_write:
-            n = before or f
-            cache.write([k for k, _ in written], [v for _, v in written], n, None if camera is None else camera[:, :n])
-        tokens, time = tokens[len(x) - b :, before * h * w :], time[len(x) - b :, before:]  # those of x_t
-        if num_blocks is not None:
-            return tokens.unflatten(1, (f, -1))
-        return self.velocity(tokens, time, x_t, t_own)
+            cache.write(*zip(*written), to_write, None if camera is None else camera[:, :to_write])
+        if commit or num_blocks is not None:
+            return None if commit else tokens.unflatten(1, (f, -1))
+        return self.velocity(tokens, time[len(x) - b :, before:], x_t, t_own)
 
     def embed(self, x, t, rows):
         """Tokens `b (f s) d` of x; what the head, `b f d`, and the blocks, `b f 6 d`, are told of t and rows."""
@@ -460,8 +462,7 @@ class CausalWan(nn.Module):
     @torch.no_grad()
     def append(self, cache: Cache, x0: Tensor, text: Tensor) -> None:
         """Commit a finished chunk x0 `b f c h w` to the cache: one forward at t = 0, no gradient."""
-        t = torch.zeros(x0.shape[:2], device=x0.device)
-        self(x0, t, text, cache=cache, commit=True, num_blocks=self.config.num_layers)  # the head is not needed
+        self(x0, 0.0, text, cache=cache, commit=True)
 
     # -- the layouts -------------------------------------------------------------------------------------------------
 
@@ -469,8 +470,7 @@ class CausalWan(nn.Module):
         return rope_table(tuple(frames), h, w, self.config.dim // self.config.num_heads, device)
 
     def _cameras(self, rows, h, w, asking):
-        """Of rows `b f 18`: P^T and P of the last frames, so many ask, for q and the output; P^-1 of all, for k and v.
-        """
+        """Of rows `b f 18`: P^T and P of the last frames, which ask, for q and the output; P^-1 of all, for k and v."""
         if rows is None:
             return None, None, None
         p, inverse = cameras.matrices(self.config.camera, rows, h, w, self.config.dim // self.config.num_heads)

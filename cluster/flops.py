@@ -2,6 +2,8 @@
 
     FLOPs of a forward = 2 (weights met by each token) + 4 dim (pairs of query and key), per layer; a backward twice
 
+The last layer does what is asked for: not the clean stream of teacher forcing behind its keys and values.
+
 Every network that stage.py builds is watched (`count`); a Meter turns the count into tokens/s, TFLOP/s and MFU.
 """
 
@@ -36,28 +38,37 @@ def count(net):
 
 def forward_flops(c, shape, chunk=None, clean=None, cache=None, commit=False, num_blocks=None) -> float:
     """FLOPs of the matrix products of net(x, ...), x of shape `b f c h w`, in the layouts of model.py."""
-    b, f, _, height, width = shape
+    (b, f, _, height, width), d = shape, c.dim
     s = (height // c.patch_size[1]) * (width // c.patch_size[2])  # tokens of a frame
     patch = c.in_dim * c.patch_size[0] * c.patch_size[1] * c.patch_size[2]
-    head = f * s * c.dim * patch if num_blocks is None else 0
-    frame_pairs, streams, keys = f * f, 1, f  # keys: frames whose keys are put in their place
+    head = f * s * d * patch if num_blocks is None and not commit else 0
+    frame_pairs, streams, keys, behind = f * f, 1, f, 0  # keys: frames whose keys are put in their place
     if chunk is not None:
         frame_pairs = sum(chunk * (chunk + len(visible(i, chunk, c.window, c.sink))) for i in range(0, f, chunk))
     if cache is not None:
-        chunks = (f,) if clean is None else (clean.shape[1], f)
+        behind = 0 if clean is None else clean.shape[1]  # frames that are committed on the way
+        chunks = (behind, f) if behind else (f,)
         seen = [len(frames) for frames in cache.visible_frames(*chunks)]
         frame_pairs, keys, f = sum(n * m for n, m in zip(chunks, seen)), sum(seen), sum(chunks)
     elif clean is not None:
-        streams = 2  # of which only the noisy one meets the head
-    layers = c.num_layers if num_blocks is None else num_blocks
-    tokens, d = f * s, c.dim
-    linear = tokens * (6 * d * d + 2 * d * c.ffn_dim) + c.text_len * 2 * d * d  # q k v o, q o, ffn; k v of the text
-    attention = 2 * d * (frame_pairs * s * s + tokens * c.text_len)
+        streams = 2
+
+    def after(tokens, words):  # o, q o of the text, feed-forward; k v of the text
+        per_token = 3 * d * d + 2 * d * c.ffn_dim + 2 * d * c.text_len + (d * d if c.sees_cameras else 0)
+        return tokens * per_token + words * 2 * d * d
+
+    tokens, attention = f * s, 2 * d * frame_pairs * s * s
+    if c.sees_cameras:  # as many heads again; the matrices on q and o, k and v; P and P^-1 are nothing
+        attention = 2 * attention + 8 * d * (f + keys) * s
+    layer = tokens * 3 * d * d + attention + after(tokens, c.text_len)
+    unasked = after(behind * s, 0)  # what the last layer leaves out
+    if streams == 2:
+        unasked = after(tokens, c.text_len)
+    if commit:
+        unasked = attention + after(tokens, c.text_len)
     embeddings = tokens * d * patch + f * d * (c.freq_dim + c.row_dim + 7 * d) + c.text_len * d * (c.text_dim + d)
-    if c.sees_cameras:  # prope_o, the matrices on q and o, k and v, and as many heads again; P and P^-1 are nothing
-        linear += tokens * d * d + 8 * d * (f + keys) * s
-        attention += 2 * d * frame_pairs * s * s
-    return 2.0 * b * (streams * (layers * (linear + attention) + embeddings) + head)
+    layers = c.num_layers if num_blocks is None else num_blocks
+    return 2.0 * b * (streams * (layers * layer + embeddings) - unasked + head)
 
 
 def tokens_of_clip(cfg) -> int:

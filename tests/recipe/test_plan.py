@@ -45,7 +45,7 @@ def test_flops_are_those_that_torch_counts(tiny, window, row_dim, camera):
             before = flops.done
             forward()
         # P and P^-1 themselves are not counted
-        assert flops.done - before == pytest.approx(counter.get_total_flops(), rel=0.02 if camera else 0), name
+        assert flops.done - before == pytest.approx(counter.get_total_flops(), rel=0.03 if camera else 0), name
 
 
 def test_a_backward_counts_twice_and_recomputing_not_at_all(tiny):
