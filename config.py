@@ -464,10 +464,13 @@ def recorded(then: dict, name: str, default):
     return then.get(name, then.get(NAMES_BEFORE.get(name), default))
 
 
-def same_settings(cfg, stage, path, then: dict, of_another=False):
+def same_settings(cfg, stage, path, then: dict, of_another=""):
     """ValueError unless weights were made with these settings, of their stage and of the stages before it. of_another:
-    another stage reads them; then settings of group "each" may differ, and one that has its preset's value in both."""
-    groups = groups_behind(cfg, stage) | (set() if of_another else {"each"})
+    the stage that reads them, if another; then settings of group "each" and of its own group may differ (causal_dmd as
+    the start of stage 3), and one that has its preset's value in both."""
+    groups = groups_behind(cfg, stage) | {"each"}
+    if of_another:
+        groups -= {"each", STAGES[of_another].group}
     own_now, own_then = (preset_of(cfg.size, *of) if of_another else {}
                          for of in ((cfg.stage, cfg.preset), (stage, then.get("preset", ""))))
     for name, (value, of_groups) in FORMER.items():

@@ -319,7 +319,7 @@ def check_start_and_teacher(cfg, stage):
         path = path_of(cfg, other)
         metadata = metadata_of(path) if path.is_file() else {"source": "nowhere"}  # load_finished will say so
         if "source" not in metadata and isinstance(metadata.get("config"), dict):  # convert records others' weights
-            same_settings(replace(cfg, init=""), other, path, metadata["config"], of_another=True)
+            same_settings(replace(cfg, init=""), other, path, metadata["config"], of_another=stage)
 
 
 def counters(cfg, stage, step, nonfinite) -> dict:

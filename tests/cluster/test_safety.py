@@ -96,6 +96,21 @@ def test_weights_of_another_seed_or_setting_are_not_read(tmp_path):
     assert not (tmp_path / "causal_cd.state").exists()
 
 
+def test_stage_three_has_other_settings_than_the_dmd_it_starts_from(tmp_path):
+    """Bug: stage 3 that starts from causal_dmd only with its learning rate and as many updates; a start of another
+    teacher."""
+    def stage(name, **changes):
+        train.main(config(tmp_path, stage=name, critic_steps=1, **changes))
+
+    for name in ("bidirectional", "teacher_forcing"):
+        stage(name)
+    stage("causal_dmd", dmd_lr=1e-4, dmd_steps=2)
+    stage("causal_forcing_pp", init="causal_dmd", dmd_lr=2e-4, dmd_steps=1)
+    assert (tmp_path / "causal_forcing_pp.safetensors").exists()
+    with pytest.raises(ValueError, match="--teacher-forcing-lr 9.0, expected .*causal_dmd"):
+        stage("mixed_sc", init="causal_dmd", teacher_forcing_lr=9.0)
+
+
 def test_size_changed_in_an_unfinished_run(tmp_path):
     """Bug: twenty lines of torch's about every tensor."""
     train.main(config(tmp_path, stage="bidirectional", stop_after="1"))
