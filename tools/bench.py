@@ -47,6 +47,7 @@ from model import SIZES, Cache, CausalWan
 from rollout import Chunk, grids, stream
 from tools.card import Attentions, calibrate, clocked, compiled, gigabytes, sync
 from wan21.families import FAMILIES
+from wan21.trajectory import rows_of, viewmats_of
 from worlds.draws import noises
 
 WAYS = ("plain", "apart", "fast")
@@ -121,7 +122,10 @@ def inputs(c, shape, chunk, num_chunks, grid, first_grid, device) -> dict:
              for i in range(num_chunks) for k in range(len(grid if i else first_grid))}
     text = noises([0], (c.text_len, c.text_dim), 1).to(device)
     if c.row_width:
-        text = Condition(text, noises([0], (chunk * num_chunks, c.row_width), 2).to(device))
+        frames, rows = chunk * num_chunks, noises([0], (chunk * num_chunks, c.row_width), 2)
+        if c.camera:
+            rows[0, :, c.row_dim :] = rows_of(viewmats_of(f"w*{frames},l*{frames}"))[::2][:frames]
+        text = Condition(text, rows.to(device))
     return dict(noise=lambda i, k: noise[i, k], text=text, grid=grid, first_grid=first_grid, num_chunks=num_chunks)
 
 
@@ -193,7 +197,10 @@ def networks(args, c, shape, setting, device) -> tuple[dict, dict]:
         return list(chunks(net, given, window, way))[-1].v
 
     net = CausalWan(c).init_weights(0).eval().requires_grad_(False)
-    torch.nn.init.normal_(net.head.head.weight, std=0.02, generator=torch.Generator().manual_seed(1))
+    g = torch.Generator().manual_seed(1)
+    for name, p in net.named_parameters():
+        if name == "head.head.weight" or name.endswith("prope_o.weight"):  # which start at zero
+            torch.nn.init.normal_(p, std=0.02, generator=g)
     wanted = velocity(net.to(device), "plain")
     net = net.to(PRECISIONS[args.precision])
     rounding = relative(velocity(net, "plain"), wanted, 2)

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train
 from cluster import flops
+from flowmap import Condition
 from model import SIZES, CausalWan, attention
 from rollout import grids
 from tools import bench, card
@@ -116,6 +117,21 @@ def test_a_wrong_way_fails_after_its_numbers_are_written(tmp_path, monkeypatch, 
     with pytest.raises(ValueError, match="got an error of .* in fast, expected errors up to .*--ways"):
         run(tmp_path, "", "1x1x2", **changes)
     assert [row["way"] for row in json.loads((tmp_path / "speed.json").read_text())["rows"]] == ["plain", "fast"]
+
+
+def test_an_error_in_the_cameras_is_seen(monkeypatch):
+    """Bug: heads of cameras that start at zero, so that a fast path that forgets cameras looks right."""
+    class Forgetful(Twisted):
+        def forward(self, x, t, text, **kwargs):
+            still = text.rows[:, :1].expand_as(text.rows)
+            return self.net(x, t, Condition(text.words, still), **kwargs)
+
+    args, setting = bench.parse("--size room --ways plain fast --precision fp32".split()), (1, 1, 2, 8)
+    errors = []
+    for fast in (bench.Fast, lambda net: Forgetful(net, 1)):
+        monkeypatch.setattr(bench, "Fast", fast)
+        errors.append(bench.networks(args, SIZES["room"], (3, 16, 24), setting, CPU)[1]["fast"]["error"])
+    assert errors[0] < bench.BOUND["fp32"] < 0.1 * errors[1]
 
 
 def test_graphs_that_are_compiled_while_clocks_run(tmp_path, monkeypatch):
