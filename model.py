@@ -92,8 +92,7 @@ class WanConfig:
 
     @property
     def row_width(self) -> int:
-        """Numbers in a row of the condition."""
-        return self.row_dim + (cameras.ROW if self.camera else 0)
+        return self.row_dim + (cameras.ROW if self.camera else 0)  # numbers in a row of the condition
 
 
 T_MIN = 0.05  # where a network predicts x_0, the smallest t that the difference to x_t is divided by
@@ -291,8 +290,8 @@ class Block(nn.Module):
         attended = attend(*self.before(x, time))
         if attended is None:
             return None
-        b, n = attended.shape[:2]
-        x, time, text = x[-b:, -n:], time[-b:, -n * time.shape[1] // x.shape[1] :], text[-b:]
+        clip, token = len(x) - len(attended), x.shape[1] - attended.shape[1]  # the first ones that are asked for
+        x, time, text = x[clip:, token:], time[clip:, token * time.shape[1] // x.shape[1] :], text[clip:]
         return self.after(x, attended, time, *self.cross_attn.keys_and_values(text))
 
     def before(self, x, time):
@@ -379,7 +378,7 @@ class CausalWan(nn.Module):
         self.load_state_dict(dict(self.random_weights(seed)))
         return self
 
-    def forward(self, x, t, text, *, chunk=None, clean=None, cache=None, commit=False, num_blocks=None) -> Tensor:
+    def forward(self, x, t, text, *, chunk=None, clean=None, cache=None, commit=False, num_blocks=None):
         """Predict the velocity eps - x_0 of noisy latents.
 
         x: `b f c h w`. t: `b f` or a float, in [0, 1]. text: `b l text_dim`, zero-padded to text_len (padding is not
@@ -418,9 +417,10 @@ class CausalWan(nn.Module):
             def attend(q, k, v, layer=layer):
                 if to_write:
                     written.append([z[:, : to_write * h * w].detach().clone() for z in (k, v)])
-                if layer + 1 < (num_blocks or c.num_layers):
-                    return layout(layer, q, k, v)
-                return None if commit else layout(layer, q, k, v)[len(x) - b :, before * h * w :]  # of x_t
+                is_last = layer + 1 == (num_blocks or c.num_layers)
+                if is_last and commit:
+                    return None
+                return layout(layer, q, k, v)[len(x) - b :, before * h * w :] if is_last else layout(layer, q, k, v)
             if self.checkpointing and torch.is_grad_enabled():
                 tokens = checkpoint(block, tokens, time6, text, attend, use_reentrant=False, preserve_rng_state=False)
             else:

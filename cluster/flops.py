@@ -2,7 +2,7 @@
 
     FLOPs of a forward = 2 (weights met by each token) + 4 dim (pairs of query and key), per layer; a backward twice
 
-The last layer does what is asked for: not the clean stream of teacher forcing behind its keys and values.
+Of what is only committed, or only the clean past, the last layer leaves out all that follows attention.
 
 Every network that stage.py builds is watched (`count`); a Meter turns the count into tokens/s, TFLOP/s and MFU.
 """
@@ -42,12 +42,12 @@ def forward_flops(c, shape, chunk=None, clean=None, cache=None, commit=False, nu
     s = (height // c.patch_size[1]) * (width // c.patch_size[2])  # tokens of a frame
     patch = c.in_dim * c.patch_size[0] * c.patch_size[1] * c.patch_size[2]
     head = f * s * d * patch if num_blocks is None and not commit else 0
-    frame_pairs, streams, keys, behind = f * f, 1, f, 0  # keys: frames whose keys are put in their place
+    frame_pairs, streams, keys, before = f * f, 1, f, 0  # keys: frames whose keys are put in their place
     if chunk is not None:
         frame_pairs = sum(chunk * (chunk + len(visible(i, chunk, c.window, c.sink))) for i in range(0, f, chunk))
     if cache is not None:
-        behind = 0 if clean is None else clean.shape[1]  # frames that are committed on the way
-        chunks = (behind, f) if behind else (f,)
+        before = 0 if clean is None else clean.shape[1]  # frames that are committed on the way
+        chunks = (before, f) if before else (f,)
         seen = [len(frames) for frames in cache.visible_frames(*chunks)]
         frame_pairs, keys, f = sum(n * m for n, m in zip(chunks, seen)), sum(seen), sum(chunks)
     elif clean is not None:
@@ -61,7 +61,7 @@ def forward_flops(c, shape, chunk=None, clean=None, cache=None, commit=False, nu
     if c.sees_cameras:  # as many heads again; the matrices on q and o, k and v; P and P^-1 are nothing
         attention = 2 * attention + 8 * d * (f + keys) * s
     layer = tokens * 3 * d * d + attention + after(tokens, c.text_len)
-    unasked = after(behind * s, 0)  # what the last layer leaves out
+    unasked = after(before * s, 0)  # what the last layer leaves out
     if streams == 2:
         unasked = after(tokens, c.text_len)
     if commit:
