@@ -468,20 +468,22 @@ def same_settings(cfg, stage, path, then: dict, of_another=""):
     """ValueError unless weights were made with these settings, of their stage and of the stages before it. of_another:
     the stage that reads them, if another; then settings of group "each" and of its own group may differ (causal_dmd as
     the start of stage 3), and one that has its preset's value in both."""
-    groups = groups_behind(cfg, stage) | {"each"}
-    if of_another:
-        groups -= {"each", STAGES[of_another].group}
+    groups, free = groups_behind(cfg, stage) | {"each"}, {"each", STAGES[of_another].group} if of_another else set()
+
+    def matters(of_groups):
+        return groups & set(of_groups.split()) and not free >= set(of_groups.split())
+
     own_now, own_then = (preset_of(cfg.size, *of) if of_another else {}
                          for of in ((cfg.stage, cfg.preset), (stage, then.get("preset", ""))))
     for name, (value, of_groups) in FORMER.items():
-        if then.get(name, value) != value and set(of_groups.split()) & groups:
+        if then.get(name, value) != value and matters(of_groups):
             raise ValueError(f"got {path}, trained with {name} {then[name]}, which is {value} now, expected the "
                              "same: change the constant in the code, or --out")
     for f in fields(Config):
         default = cfg.world if f.name == "world" else f.default  # of older runs, which have recorded no world
         now, before, usual_now, usual_before = (json.loads(json.dumps(x)) for x in (
             getattr(cfg, f.name), recorded(then, f.name, default), own_now.get(f.name), own_then.get(f.name)))
-        if set(f.metadata["group"].split()) & groups and now != before and (now, before) != (usual_now, usual_before):
+        if matters(f.metadata["group"]) and now != before and (now, before) != (usual_now, usual_before):
             raise ValueError(f"got {option(f.name)} {now}, expected {before}, with which {path} was trained: change "
                              f"{option(f.name)}, or give another --out (with copies of the stages to keep, if you "
                              "like)")

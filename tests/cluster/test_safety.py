@@ -109,6 +109,8 @@ def test_stage_three_has_other_settings_than_the_dmd_it_starts_from(tmp_path):
     assert (tmp_path / "causal_forcing_pp.safetensors").exists()
     with pytest.raises(ValueError, match="--teacher-forcing-lr 9.0, expected .*causal_dmd"):
         stage("mixed_sc", init="causal_dmd", teacher_forcing_lr=9.0)
+    with pytest.raises(ValueError, match="--shift 3.0, expected 5.0, .*causal_dmd"):
+        stage("mixed_sc", init="causal_dmd", shift=3.0)
 
 
 def test_size_changed_in_an_unfinished_run(tmp_path):
