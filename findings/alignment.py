@@ -5,7 +5,7 @@ share of pairs of tokens beyond it: between rollouts of K and of 2 K steps from 
 train.salt gives them, at the times at which training compares; and, for comparison, between two clips that have
 nothing but what is told of them in common. Then how large its gradient is beside DMD's.
 
-Nothing exact is known of a trained network, so `predicted` is None. The runs are in length.ROOT, that of the room as
+Nothing exact is known of a trained network, so `predicted` is None. The runs are in recipe.ROOT, that of the room as
 `python train.py --world room --seed S --out ROOT/room_seedS` leaves it; the critic is in the checkpoints of `salt`.
 """
 
@@ -21,7 +21,7 @@ from align import align_loss, relations, trd_loss
 from cluster import checkpoint
 from config import RECIPE
 from dmd import dmd_loss, score_times
-from findings.length import recipe, trained
+from findings.recipe import settings_of, trained
 from flowmap import add_noise
 from rollout import joined
 from stage import guide, rollout, score_models, source_of, video_shape
@@ -46,9 +46,8 @@ def cells(fast):
 def measure(cell, seeds, fast):
     of_seeds = []
     for seed in seeds:
-        cfg = recipe(cell["network"], seed, fast, world=cell["network"])
-        trained(cfg, RECIPE)
-        of_seeds.append(distances(cfg, fast))
+        cfg = settings_of(cell["network"], seed, fast, world=cell["network"])
+        of_seeds.append(distances(trained(cfg, RECIPE), fast))
     return [cell | dict(key) | {"measured": [of[key] for of in of_seeds], "predicted": None} for key in of_seeds[0]]
 
 

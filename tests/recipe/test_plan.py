@@ -103,7 +103,7 @@ def small(home, stage, **changes):
     ("salt", True), ("dmd8", False)])
 def test_plan_is_what_a_real_update_takes(home, stage, checkpointing):
     """Bug: a plan that counts dead tensors, forgets the graph or the cache, or does not see recomputing."""
-    cfg = small(home, stage, batch=1, mixed_probs=(0.0, 0.0, 1.0), frames=8 if stage == "salt" else 24,
+    cfg = small(home, stage, batch=1, mixed_probs=(0.0, 0.0, 1.0), frames=4 if stage == "salt" else 24,
                 checkpointing=checkpointing)
     n = plan.needs(cfg, stage)
     training = train.begin(cfg, stage)

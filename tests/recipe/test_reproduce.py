@@ -1,8 +1,10 @@
 """reproduce.py, the ring of findings/mixture.py, and the pages of docs/findings."""
 
 import importlib
+import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,19 +14,25 @@ from exact_worlds import Gaussian
 import reproduce
 import stage
 import train
-from config import Config
-from findings import alignment, gaussian, length, mixture
+from config import STAGES, Config
+from findings import alignment, gaussian, mixture, recipe, stage_two
 from findings.mixture import Ring
 from flowmap import sample, schedule
+from model import CausalWan
 from worlds.draws import Draw, generator
 
 QUICK = [name for name in reproduce.FINDINGS if name != "pixels"]  # which test_evaluate.py runs
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
+def elsewhere(tmp_path, monkeypatch, runs):
     monkeypatch.setattr(mixture, "FOLDER", tmp_path / "students")
-    monkeypatch.setattr(length, "ROOT", tmp_path / "recipe")
+    monkeypatch.setattr(recipe, "ROOT", runs)
     monkeypatch.setattr(mixture, "N_EVAL", 200)
     mixture.evaluation_set.cache_clear()
     yield
@@ -282,18 +290,52 @@ def test_a_share_of_pairs_is_counted_by_hand():
     close(alignment.share(z, near), torch.tensor(1 / 3))
 
 
-def test_a_window_of_a_long_clip_forgets_what_it_should(small, tmp_path):
-    """Bug: a memory of another length than the table says; positions that matter where there is no sink."""
-    cfg = length.recipe("toy", 0, True)
-    length.trained(cfg, ("bidirectional", "teacher_forcing", "causal_cd"))
+def test_a_window_of_a_long_clip_forgets_what_it_should(small, tmp_path, monkeypatch):
+    """Bug: a memory of another length than the table says; positions that matter where there is no sink; a second part
+    of a clip that does not go on from the first, with the same noise."""
+    monkeypatch.setattr(recipe, "ROOT", tmp_path)
+    cfg = recipe.settings_of("toy", 0, True)
+    recipe.trained(cfg, ("bidirectional", "teacher_forcing", "causal_cd"))
     labels = torch.arange(2)
 
     def made(window, sink=0, relative=False):
         memory = dict(window=window, sink=sink, relative=relative)
-        return length.long_clips(cfg, "causal_cd", memory, labels, 8)
+        return recipe.clips(cfg, "causal_cd", [(8, 2)], labels, **memory)
 
     all_frames, window = made(8), made(4)
     close(window[:, :4], all_frames[:, :4])
     assert not torch.allclose(window[:, 4], all_frames[:, 4], atol=1e-5)
     close(made(4, relative=True), window, 1e-3)
     assert not torch.allclose(made(4, 1, True)[:, 5:], made(4, 1)[:, 5:], atol=1e-3)
+
+    parts, ends_otherwise = (recipe.clips(cfg, "causal_cd", [(5, 2), (3, steps)], labels) for steps in (2, 4))
+    close(parts, all_frames)
+    close(ends_otherwise[:, :5], all_frames[:, :5])
+    assert not torch.allclose(ends_otherwise[:, 5], all_frames[:, 5], atol=1e-3)
+
+
+def test_every_start_of_stage_3_has_cost_the_same(small, tmp_path, monkeypatch):
+    """Bug: a start that is ahead because it has seen more clips, or has its trajectories for nothing."""
+    monkeypatch.setattr(recipe, "ROOT", tmp_path)
+    spent, forward, exits = [], CausalWan.forward, itertools.cycle(range(4))
+
+    def counting(net, x, *args, **layout):
+        learns = torch.is_grad_enabled() and any(p.requires_grad for p in net.parameters())
+        spent.append(len(x) * (2 if layout.get("clean") is not None else 1) * (3 if learns else 1))
+        return forward(net, x, *args, **layout)
+
+    monkeypatch.setattr(CausalWan, "forward", counting)
+    monkeypatch.setattr(Draw, "integer", lambda draw, n: next(exits) % n)  # every exit as often
+    cfg = recipe.trained(recipe.settings_of("toy", 0, True), ("bidirectional", "teacher_forcing"))
+    for name, (stage_name, changes) in stage_two.STARTS.items():
+        if name == "AR diffusion":
+            continue
+        asked = recipe.settings_of("toy", 0, False, **changes)
+        spent.clear()
+        training = train.begin(replace(cfg, critic_steps=asked.critic_steps, trajectories=cfg.batch), stage_name)
+        cost_of_data = sum(spent) / cfg.batch * asked.trajectories
+        spent.clear()
+        for step in range(4):
+            training.update(step)
+        cost = sum(spent) / 4 / cfg.batch * asked.batch * asked.steps_of(STAGES[stage_name].group)
+        assert cost + cost_of_data == pytest.approx(stage_two.CLIPS_THROUGH, rel=0.01), name
