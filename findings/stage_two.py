@@ -23,7 +23,7 @@ QUANTITIES = {"render_error": "render error; the world's variance is 1",
               "variety": "distance (W1) of speeds and turning angles to the world's; more is less varied",
               "long": "clips of 64 frames in a window of 8: this frame and the three before it",
               "cache": "frames 6 to 8, made in 4 steps (AR diffusion: 16), behind 5 frames of so many steps"}
-PANELS = ("none", "stage")
+PANELS, RANGE = ("none", "stage"), (0, 0.08)
 SEEDS = (0, 1, 2)
 METRICS = {"render_error": "render_error", "motion": "motion", "variety": "motion_w1"}
 CLIPS, LONG_CLIPS, FRAMES, MANY = 256, 32, (8, 16, 32, 64), 16  # MANY: steps of AR diffusion
