@@ -76,8 +76,8 @@ def measure(cell, seeds, fast):
     return [cell | dict(key) | {"measured": [of[key] for of in of_seeds], "predicted": None} for key in of_seeds[0]]
 
 
-def labels_of(clips):
-    return WORLD.draw_labels(clips, 8, generator(EVALUATE, 1, 6))
+def labels_of(n):
+    return WORLD.draw_labels(n, 8, generator(EVALUATE, 1, 6))
 
 
 def of_start(cell, seed, fast):

@@ -123,15 +123,16 @@ def test_an_error_in_the_cameras_is_seen(monkeypatch):
     """Bug: heads of cameras that start at zero, so that a fast path that forgets cameras looks right."""
     class Forgetful(Twisted):
         def forward(self, x, t, text, **kwargs):
-            still = text.rows[:, :1].expand_as(text.rows)
-            return self.net(x, t, Condition(text.words, still), **kwargs)
+            rows, first = text.rows.clone(), SIZES["room"].row_dim  # of the cameras in a row
+            rows[..., first:] = rows[:, :1, first:]
+            return self.net(x, t, Condition(text.words, rows), **kwargs)
 
     args, setting = bench.parse("--size room --ways plain fast --precision fp32".split()), (1, 1, 2, 8)
     errors = []
     for fast in (bench.Fast, lambda net: Forgetful(net, 1)):
         monkeypatch.setattr(bench, "Fast", fast)
         errors.append(bench.networks(args, SIZES["room"], (3, 16, 24), setting, CPU)[1]["fast"]["error"])
-    assert errors[0] < bench.BOUND["fp32"] < 0.1 * errors[1]
+    assert errors[0] < bench.BOUND["fp32"] < errors[1]
 
 
 def test_graphs_that_are_compiled_while_clocks_run(tmp_path, monkeypatch):
