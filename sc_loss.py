@@ -83,14 +83,18 @@ def sc_loss(velocity, x_ts: Tensor, v_ts: Tensor, ts, tm, te, through: str = "bo
     return loss, {"sc": loss.detach()}
 
 
-@torch.no_grad()
-def semigroup_defect(velocity, x_ts: Tensor, ts, tm, te, eps: float = 1e-8) -> Tensor:
-    """Delta(ts, tm, te) = E[ ||x1 - x2||^2 / (||x1 - x_ts||^2 + eps) ], the test-time diagnostic (Salt Eq. 14-16).
+def relative_defect(x_ts: Tensor, direct: Tensor, composed: Tensor, eps: float = 1e-8) -> Tensor:
+    """E[ ||x1 - x2||^2 / (||x1 - x_ts||^2 + eps) ] of the direct endpoint x1 and the composed x2 (Salt Eq. 16).
     Scalar."""
-    direct, composed = endpoints(velocity, x_ts, velocity(x_ts, ts), ts, tm, te)
     defect = (direct - composed).flatten(1).square().sum(1)
     moved = (direct - x_ts).flatten(1).square().sum(1)
     return (defect / (moved + eps)).mean()                                                                # Salt Eq. 16
+
+
+@torch.no_grad()
+def semigroup_defect(velocity, x_ts: Tensor, ts, tm, te, eps: float = 1e-8) -> Tensor:
+    """Delta(ts, tm, te), the test-time diagnostic (Salt Eq. 14-16). Scalar."""
+    return relative_defect(x_ts, *endpoints(velocity, x_ts, velocity(x_ts, ts), ts, tm, te), eps)
 
 
 @torch.no_grad()
@@ -105,6 +109,7 @@ def path_defects(velocity, x: Tensor, infer_grid: Tensor, train_grid: Tensor) ->
         middles = [tm for tm in train_grid.tolist() if te < tm < ts]
         if not middles:
             raise ValueError(f"got no training time between {ts:.4f} and {te:.4f}, expected a finer training grid")
-        defects.append(semigroup_defect(velocity, x, ts, middles[len(middles) // 2], te).item())
-        x = euler(x, velocity(x, ts), ts, te)
+        direct, composed = endpoints(velocity, x, velocity(x, ts), ts, middles[len(middles) // 2], te)
+        defects.append(relative_defect(x, direct, composed).item())
+        x = direct
     return defects
