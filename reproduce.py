@@ -32,7 +32,7 @@ from findings import markdown
 
 FINDINGS = ("chords", "pooled_critic", "guidance_per_step", "steps", "grids", "agreement", "defect", "hybrid",
             "gradient_route", "price", "pixels", "initialisation", "cd_against_ode", "drift", "cache",
-            "alignment", "length", "stage_two")
+            "alignment", "length", "stage_two", "winds", "quilts")
 SEEDS = range(100, 105)  # settings were chosen on others
 EXACT = dict(linestyle="--", linewidth=2.5, alpha=0.4)  # how predictions are drawn
 

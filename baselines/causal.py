@@ -75,7 +75,7 @@ def stored_trajectories(cfg, stage, teacher, start, layout_of) -> tuple[list[Pat
     teacher_saved = metadata_of(path_of(cfg, start)).get("saved")
     settings = json.loads(json.dumps(settings | {"stage": stage, "teacher_saved": teacher_saved}))
     grid, batches = schedule(cfg.trajectory_grid, cfg.shift), range(-(-cfg.trajectories // cfg.batch))
-    files = [folder / f"{i:06d}.safetensors" for i in range(len(batches) * cfg.batch)]
+    files = [folder / f"{i:06d}.safetensors" for i in range(cfg.trajectories)]  # the last batch is made whole
     missing = ranks.on_rank_0(lambda: [not path.exists() for path in files])
     for step in tqdm(batches, desc=f"{stage}: trajectories", disable=ranks.rank() > 0):
         of_batch = files[step * cfg.batch : (step + 1) * cfg.batch]

@@ -7,6 +7,7 @@ nothing but what is told of them in common. Then how large its gradient is besid
 
 Nothing exact is known of a trained network, so `predicted` is None. The runs are in recipe.ROOT, that of the room as
 `python train.py --world room --seed S --out ROOT/room_seedS` leaves it; the critic is in the checkpoints of `salt`.
+Toy, room and quilts (quilts.py) have 4, 6 and 25 tokens a frame.
 """
 
 from collections import defaultdict
@@ -21,6 +22,7 @@ from align import align_loss, relations, trd_loss
 from cluster import checkpoint
 from config import RECIPE
 from dmd import dmd_loss, score_times
+from findings import quilts
 from findings.recipe import settings_of, trained
 from flowmap import add_noise
 from rollout import joined
@@ -40,14 +42,17 @@ MARGIN, TIMES, FRAMES = 0.1, (0.1, 0.3, 0.5, 0.7, 0.9), (1, 2, 4, 8, 16)  # the 
 
 
 def cells(fast):
-    return [{"network": "toy"}, {"network": "room"}][: 1 if fast else None]
+    return [{"network": network} for network in ("toy", "room", "quilts")][: 1 if fast else None]
 
 
 def measure(cell, seeds, fast):
     of_seeds = []
     for seed in seeds:
-        cfg = settings_of(cell["network"], seed, fast, world=cell["network"])
-        of_seeds.append(distances(trained(cfg, RECIPE), fast))
+        if cell["network"] == "quilts":
+            cfg = quilts.run_of(seed, fast, "salt", {})
+        else:
+            cfg = trained(settings_of(cell["network"], seed, fast, world=cell["network"]), RECIPE)
+        of_seeds.append(distances(cfg, fast))
     return [cell | dict(key) | {"measured": [of[key] for of in of_seeds], "predicted": None} for key in of_seeds[0]]
 
 

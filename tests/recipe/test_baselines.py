@@ -265,7 +265,7 @@ def test_every_baseline_trains_samples_and_resumes(trained, tmp_path, stage):
 
 def test_trajectories_are_made_once_by_the_right_teacher_and_counted(trained, tmp_path, calls):
     """Bug: trajectories made anew at every start, by the student's layout, or of other settings; a cost that is not
-    counted."""
+    counted; as many as fill the last batch, whatever was asked for."""
     out = trained("causal_ode")
     link(("bidirectional", "teacher_forcing"), out, tmp_path)
 
@@ -284,6 +284,11 @@ def test_trajectories_are_made_once_by_the_right_teacher_and_counted(trained, tm
         assert training.cost["data_bytes"] == sum(f.stat().st_size for f in files) and training.cost["data_seconds"] > 0
         with pytest.raises(ValueError, match="--out"):
             begin_here(stage, guidance=2.5)
+    other = tmp_path / "other"
+    link(("bidirectional", "teacher_forcing"), out, other)
+    training = train.begin(tiny(other, stage="causal_ode", trajectories=5), "causal_ode")
+    assert len(list((other / "causal_ode_trajectories").iterdir())) == 5  # no more than was asked for
+    training.update(0)
     rows = train.main(tiny(out, stage="causal_ode"))
     assert rows[-1]["data_bytes"] > 10_000 and metadata_of(out / "causal_ode.safetensors")["data_seconds"] > 0
 

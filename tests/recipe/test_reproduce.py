@@ -15,7 +15,7 @@ import reproduce
 import stage
 import train
 from config import STAGES, Config
-from findings import alignment, gaussian, mixture, recipe, stage_two
+from findings import alignment, gaussian, mixture, recipe, stage_two, winds
 from findings.mixture import Ring
 from flowmap import sample, schedule
 from model import CausalWan
@@ -339,3 +339,12 @@ def test_every_start_of_stage_3_has_cost_the_same(small, tmp_path, monkeypatch):
             training.update(step)
         cost = sum(spent) / 4 / cfg.batch * asked.batch * asked.steps_of(STAGES[stage_name].group)
         assert cost + cost_of_data == pytest.approx(stage_two.CLIPS_THROUGH, rel=0.01), name
+
+
+def test_stored_trajectories_are_paid_for_where_balls_are_blown():
+    """Bug: more trajectories for nothing. Those of stage_two were counted above."""
+    assert winds.ode(512, winds.FULL) == stage_two.STARTS["causal ODE"][1]
+    for compute, numbers in winds.STORED.items():
+        updates = [winds.ode(n, compute)["trajectory_steps"] for n in numbers]
+        assert updates == sorted(updates, reverse=True) and updates[-1] > 100
+    assert Config().trajectory_steps * 192 == winds.FULL == stage_two.CLIPS_THROUGH
