@@ -9,8 +9,9 @@
 Findings are modules of findings/, which says what such a module has; docs/findings/ has a page for each. A finding is
 cut into cells, each saved when it is done in results/findings/NAME.json or --out: a stopped run goes on where it
 stopped, and one that is complete is shown. Most take 1 to 10 minutes on one core; steps, grids and hybrid about 20;
-pixels two hours, stage_two three; alignment and length as long as the recipe, where it was not trained before. Trained
-students are kept in runs/findings. The figure, NAME.png beside the results, needs matplotlib.
+pixels, winds and quilts two hours, stage_two three; alignment and length as long as the recipes and quilts, where these
+were not trained before. Trained students are kept in runs/findings. The figure, NAME.png beside the results, needs
+matplotlib.
 """
 
 import argparse
@@ -203,7 +204,7 @@ def parse(argv=None):
                                     allow_abbrev=False)
     flags.add_argument("name", nargs="?", help="the finding; all are listed without")
     flags.add_argument("--seeds", type=int, help="how many seeds (default: 5, counted from 100; pixels: 3, from 1; "
-                                                 "stage_two: 3, from 0; alignment, length: 0 alone)")
+                                                 "stage_two: 3, from 0; alignment, length, winds, quilts: 0 alone)")
     flags.add_argument("--fast", action="store_true",
                        help="few and small cells, to see that it runs; their numbers mean nothing")
     flags.add_argument("--out", default="", help="folder of the results (default: results/findings, and "

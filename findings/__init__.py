@@ -21,8 +21,8 @@ A finding is a module with
 A finding's name stands in FINDINGS of reproduce.py. Its page has five parts, and between <!-- begin --> and <!-- end
 --> what `python reproduce.py NAME` prints, with its results in results/findings; a test compares them.
 
-gaussian.py has the closed forms; affine.py and mixture.py the worlds in which students are trained, by the project's
-own losses.
+gaussian.py has the closed forms; affine.py, mixture.py, video.py, increments.py and bumps.py the exact worlds in which
+students are trained, by the project's own losses; torus.py a world of pixels for train.py, and recipe.py its runs.
 """
 
 

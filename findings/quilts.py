@@ -36,8 +36,7 @@ STUDENTS = {  # name -> stage, settings
     "mixed": ("mixed_sc", dict(lambda_sc=0.0)),
     "mixed + L_SC": ("mixed_sc", {}),
     "mixed + L_SC + alignment": ("salt", {}),
-    "mixed + L_SC, first frames in K steps": ("mixed_sc", dict(first_steps=1)),
-    "mixed + alignment": ("salt", dict(lambda_sc=0.0))}
+    "mixed + L_SC, first frames in K steps": ("mixed_sc", dict(first_steps=1))}
 CACHES = {"AR diffusion": (1, 2, 4, 8, MANY), "causal CD": STEPS, "K = 4": STEPS, "mixed + L_SC": STEPS}
 BEFORE = ("bidirectional", "teacher_forcing", "causal_cd")
 

@@ -61,8 +61,8 @@ def folded(distance: Tensor) -> Tensor:
 
 @torch.no_grad()
 def nearest(rgb: Tensor, colours: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The object in each frame `... 3 h w`: its centre `... 2`, its colours `... n`, and the mean squared distance of the
-    frame to it, `...`. colours: those of balls, or None for quilts, whose colours are looked for.
+    """The object in each frame `... 3 h w`: its centre `... 2`, its colours `... n`, and how far the frame is from it,
+    the mean squared distance `...`. colours: those of balls, or None for quilts, whose colours are looked for.
 
     The centre is where the phase of the lowest frequency of the light puts it; of a quilt, whose seams are dark, the
     nearest one is then looked for around there."""
