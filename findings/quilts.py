@@ -25,7 +25,7 @@ QUANTITIES = {"render_error": "render error; the world's variance is 1",
               "kept": "share of the quarters that keep their colour, without the one in the prompt",
               "motion": "speed, over the world's",
               "cache": "frames 6 to 8, as frame 1 made in 4 steps (AR diffusion: 16), behind 4 of so many steps"}
-PANELS = ("none", "none")
+PANELS, RANGE = ("none", "none"), (0, 0.1)
 SEEDS = (0,)
 CLIPS, STEPS, MANY = 256, (1, 2, 4, 8), 16
 FIXED = dict(world="quilts", size="toy_fine", bidirectional_steps=4000, trajectory_steps=600, dmd_steps=120)
@@ -36,7 +36,7 @@ STUDENTS = {  # name -> stage, settings
     "mixed": ("mixed_sc", dict(lambda_sc=0.0)),
     "mixed + L_SC": ("mixed_sc", {}),
     "mixed + L_SC + alignment": ("salt", {}),
-    "mixed + L_SC, first frames in K steps": ("mixed_sc", dict(first_steps=1))}
+    "mixed + L_SC, --first-steps 1": ("mixed_sc", dict(first_steps=1))}
 CACHES = {"AR diffusion": (1, 2, 4, 8, MANY), "causal CD": STEPS, "K = 4": STEPS, "mixed + L_SC": STEPS}
 BEFORE = ("bidirectional", "teacher_forcing", "causal_cd")
 

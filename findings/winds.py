@@ -4,7 +4,7 @@ The balls of torus.py mostly fly with the wind of their prompt, and no wall brin
 likelier step likelier still, so that balls run ahead of the world's, further with every frame. Predicted is how far,
 for frames that follow guided_way exactly.
 
-The networks are train.py's. AR diffusion is the teacher, sampled in 48 steps; causal CD follows it with guidance,
+The networks are train.py's. AR diffusion is the teacher, sampled in 32 steps; causal CD follows it with guidance,
 causal DMD has it for its teacher, both are sampled in 4 steps. Then causal ODE by the number of stored trajectories, at
 equal compute, counted as in stage_two.py: 900 updates of causal CD, the recipe's, are 172,800 clips through a network;
 a stored trajectory takes 48 x 2 x 2, an update of causal ODE 16 x 2 x 3. The 190 updates of causal DMD are as many
@@ -29,9 +29,9 @@ QUANTITIES = {"drift": "how far ahead of the world's, in standard deviations of 
               "stored_drift": "the same: how far ahead of the world's at frame 8"}
 PANELS = ("none", "guidance")
 SEEDS = (0,)
-FRAMES, CLIPS, MANY = (4, 8, 16, 32, 64), 256, 48
+FRAMES, CLIPS, MANY = (4, 8, 16, 32, 64), 256, 32
 FULL, QUARTER = 172_800, 43_200  # compute, in clips through a network
-STORED = {FULL: (1, 10, 100, 500), QUARTER: (1, 10)}
+STORED = {FULL: (1, 10, 100), QUARTER: (1, 10)}
 WATCHED = {  # (student, guidance) -> stage, settings
     ("AR diffusion", 1.0): ("teacher_forcing", dict(guidance=1.0)),
     ("AR diffusion", 1.5): ("teacher_forcing", {}),
@@ -93,8 +93,9 @@ def predicted(cell) -> dict:
 
 def of_long_clips(cell, seed, fast):
     """Clips of FRAMES[-1] frames in a window of 8. As the function below: settings -> a number."""
-    (stage, changes), labels = WATCHED[cell["student"], cell["guidance"]], labels_of(4 if fast else CLIPS)
-    frames, steps = (FRAMES[:2], 2) if fast else (FRAMES, 4 if STAGES[stage].few_step else MANY)
+    stage, changes = WATCHED[cell["student"], cell["guidance"]]
+    n, steps = (CLIPS, 4) if STAGES[stage].few_step else (CLIPS // 2, MANY)
+    frames, steps, labels = (FRAMES[:2], 2, labels_of(4)) if fast else (FRAMES, steps, labels_of(n))
     x = clips(run_of(seed, fast, stage, changes), stage, [(frames[-1], steps)], labels, window=8)
     xy, _, distance = WORLD.track(x, labels)
     come, found = come_along(xy, labels).mean(0), {}
