@@ -212,4 +212,4 @@ def guided_way(w: float, frames: int, window: int = 8) -> Tensor:
         signs = signs.flatten(0, 1)
         if signs.shape[1] > window - 2:  # the first step is no longer seen: pasts that differ in it alone become one
             p, signs = p.unflatten(0, (2, -1)).sum(0), signs.unflatten(0, (2, -1))[0, :, 1:]
-    return torch.tensor(way)
+    return torch.tensor(way, dtype=torch.float64)

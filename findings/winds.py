@@ -21,12 +21,12 @@ from worlds.toy import SPEED, speeds_and_turns
 CLAIM = "CF++ Fig. 5, 3 on pixels, where history adds up: causal DMD drifts; causal CD at least level with causal ODE"
 ACROSS = dict.fromkeys(("drift", "render_error", "motion"), "frame") | dict.fromkeys(
     ("stored", "stored_w1", "stored_drift"), "stored")
-QUANTITIES = {"drift": "how far ahead of the world's, in standard deviations of the world's",
+QUANTITIES = {"drift": "ahead of the world's balls, in standard deviations",
               "render_error": "render error of this frame and the three before; the world's variance is 1.5",
               "motion": "speed, over the world's, of the same frames",
               "stored": "render error by stored trajectories (CD: none); compute in clips through a network",
               "stored_w1": "the same: distance (W1) of speeds and of turning angles to the world's",
-              "stored_drift": "the same: how far ahead of the world's at frame 8"}
+              "stored_drift": "the same: ahead of the world's balls at frame 8, in standard deviations"}
 PANELS = ("none", "guidance")
 SEEDS = (0,)
 FRAMES, CLIPS, MANY = (4, 8, 16, 32, 64), 256, 32
@@ -80,7 +80,7 @@ def labels_of(n):
 def ahead(distance: float, frame: int) -> float:
     """Of the world's balls, in standard deviations of theirs; distance: along the wind, pixels, a mean over clips."""
     mean, std = along_the_world(frame)
-    return (distance - mean) / std
+    return round((distance - mean) / std, 9) or 0.0  # which is not -0
 
 
 def predicted(cell) -> dict:
