@@ -50,6 +50,15 @@ def test_the_measure_sees_what_is_wrong():
         world.measure(x * torch.nan, labels)
 
 
+def test_the_quarter_in_the_prompt_does_not_count_as_kept():
+    """Bug: a student that obeys the prompt and draws the rest anew seems to remember a quarter of it."""
+    xy, labels = QUILTS.flights(range(40), 4, 5)
+    told, (mean, std) = (labels // len(WINDS))[:, None].expand(-1, 4), QUILTS.light
+    others = torch.cat([told[:, :1], (told[:, 1:] + 1) % len(PAINTS)], 1)
+    rgb = render(torch.stack([told, others, others, others], 1), xy)
+    assert QUILTS.measure((rgb - mean) / std, labels)["kept"] == 0
+
+
 def test_the_way_along_the_wind_has_its_moments():
     """Bug: a wind that is another's, a standard deviation of one step."""
     xy, labels = BALLS.flights(range(4000), 12, 6)
