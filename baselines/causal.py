@@ -87,11 +87,12 @@ def stored_trajectories(cfg, stage, teacher, start, layout_of) -> tuple[list[Pat
             layout = layout_of(x0)
             states = trajectory(lambda x, t, text=text, layout=layout: teacher(x, t, text, **layout),
                                 draw.noise_like(x0, CLIPS), grid, keep=cfg.trajectory_grid // 4)
-            metadata = {"settings": settings, "seconds": (time.time() - began) / len(x0)}
+            kept = of_batch[batch_slice]
+            metadata = {"settings": settings, "seconds": (time.time() - began) / max(1, len(kept))}
             words, rows = words_and_rows(text)
             stored = {"x0": x0, "states": states, "text": words} | ({} if rows is None else {"rows": rows})
             ranks.check_in_sync(f"writing trajectories from {of_batch[0]} on")
-            for i, path in enumerate(of_batch[batch_slice]):
+            for i, path in enumerate(kept):
                 write_tensors(path, {name: of[i] for name, of in stored.items()}, metadata)
     ranks.check_in_sync("training on trajectories")
     for path in files:
