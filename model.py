@@ -15,8 +15,7 @@ Teacher forcing and rollout are the same computation: run chunk by chunk with it
 network returns what teacher forcing returns for all chunks at once (tests/equations/test_model.py proves it).
 
 No mask is ever built. For chunk i, the clean and the noisy stream attend to the same clean past; they are stacked on
-the batch axis and attention is called once per chunk on [past | own chunk]. That is dense attention at exactly the
-needed cost, on any device, and the same code path as the cache.
+the batch axis and attention is called once per chunk on [past | own chunk], at exactly the needed cost on any device.
 
 Parameter names and shapes are those of the official Wan 2.1 state dict: `load_state_dict(strict=True)` is the loader.
 
@@ -104,8 +103,7 @@ SIZES = {
                      text_dim=16, text_len=2, family="toy"),
     "toy_large": WanConfig(dim=192, ffn_dim=768, num_heads=8, num_layers=6, in_dim=3, patch_size=(1, 5, 5), freq_dim=64,
                            text_dim=16, text_len=2, family="toy"),  # a teacher for --teacher-size
-    # 6 tokens of 16 x 4 RGB pixels per 16 x 24 frame: see worlds/room.py. 192 values of noise do not fit through 128
-    # channels, so it is x_0 that is predicted
+    # 6 tokens of 16 x 4 RGB pixels per frame (worlds/room.py). It predicts x_0: 192 values of noise > 128 channels
     "room": ROOM, **{f"room_{kind}": replace(ROOM, camera=kind) for kind in ("frame", "prope", "unseen")},
     "wan_tiny": WanConfig(dim=192, ffn_dim=768, num_heads=4, num_layers=4),  # Wan's latents and text, to try things out
     "wan1.3b": WanConfig(),
@@ -166,8 +164,12 @@ def placed(x: Tensor, rope: Tensor | None, camera: Tensor | None) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Dense attention, q `b n nh dh`, k and v `b m nh dh` -> `b n nh dh`. The only attention call in the project."""
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+    """Dense attention, softmax(q k^T / sqrt(dh)) v, of q `b n nh dh`, k and v `b m nh dh` -> `b n nh dh`. The only one
+    in the project. PyTorch's kernel for CPUs is slow for matrices as small as the toy's."""
+    q, k, v = (z.transpose(1, 2) for z in (q, k, v))
+    if not q.is_cuda and q.dtype == torch.float32 and 64 <= q.shape[2] * k.shape[2] <= 10_000:
+        return ((q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,8 +199,7 @@ class Cache:
         self.window, self.sink, self.relative, self.keep = window, sink, relative, keep
         self.keys: list[list[Tensor]] = [[] for _ in range(num_layers)]
         self.values: list[list[Tensor]] = [[] for _ in range(num_layers)]
-        self.frames: list[int] = []
-        self.cameras: list[Tensor] = []
+        self.frames, self.cameras = [], []
         self.next_frame = self.batch = 0
 
     def visible_frames(self, *chunks: int, cameras_of: Tensor | None = None) -> list[list[int]]:
@@ -357,16 +358,15 @@ class CausalWan(nn.Module):
         """
         g = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
-            shape = p.shape
-            w = torch.randn(shape, generator=g)
+            w = torch.randn(p.shape, generator=g)
             if name == "head.head.weight" or "prope_o" in name:
                 w.zero_()
             elif name.endswith("modulation"):
                 w /= self.config.dim**0.5
-            elif name.startswith(("text_embedding", "time_embedding")) and len(shape) == 2:
-                w /= shape[1] ** 0.5
-            elif len(shape) >= 2:
-                w *= (2 / (shape[1:].numel() + shape[0])) ** 0.5
+            elif name.startswith(("text_embedding", "time_embedding")) and w.ndim == 2:
+                w /= w.shape[1] ** 0.5
+            elif w.ndim >= 2:
+                w *= (2 / (w.shape[1:].numel() + w.shape[0])) ** 0.5
             elif name.endswith(("norm_q.weight", "norm_k.weight")):
                 w.fill_(2.0)
             elif not name.endswith(("self_attn.q.bias", "self_attn.k.bias")):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cluster import flops, fsdp, ranks
 from cluster.files import check_finite, metadata_of, read_tensors
+from fast.network import Fast
 from flowmap import Guided
 from model import SIZES, CausalWan
 from rollout import Chunk, grids, shared_noise, stream
@@ -151,6 +152,11 @@ def score_models(cfg, stage) -> tuple:
     size, out = cfg.teacher_size or cfg.size, cfg.teacher_out or cfg.out
     teacher = build_teacher(cfg, load_finished(replace(cfg, size=size, out=out), stage), size=size)
     return teacher, build(cfg, load_finished(cfg, stage))
+
+
+def for_rollouts(cfg, net):
+    """The same network for rollouts without gradient: fast/network.py, where this rank has all of its weights."""
+    return net if dry_run(cfg) or ranks.control else flops.count(Fast(net))
 
 
 def guide(cfg, net, w):

@@ -50,8 +50,8 @@ from dmd import critic_loss, dmd_loss, score_times
 from flowmap import flow_matching_loss, loss_weight, schedule, shift_timesteps
 from rollout import joined
 from sc_loss import draw_triple, sc_loss
-from stage import (START, Training, alternate, build_teacher, guide, is_finished, load_finished, path_of, record_of,
-                   regression, rollout, score_models, source_of, student_and_average, video_shape)
+from stage import (START, Training, alternate, build_teacher, for_rollouts, guide, is_finished, load_finished, path_of,
+                   record_of, regression, rollout, score_models, source_of, student_and_average, video_shape)
 from worlds.draws import FIRST_EXIT, RENOISE, TRIPLE
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def salt(cfg, start) -> Training:
     """
     net, ema = student_and_average(cfg, load_finished(cfg, start), windowed=True)
     teacher, critic = score_models(cfg, "bidirectional")
-    guided_teacher = guide(cfg, teacher, cfg.score_guidance)
+    guided_teacher, fast_net = guide(cfg, teacher, cfg.score_guidance), for_rollouts(cfg, net)
     largest_k, densest = max(cfg.mixed_steps), max(*cfg.mixed_steps, cfg.first_steps)
     train_grid, infer_grid = schedule(largest_k, cfg.shift), schedule(max(1, largest_k // 2), cfg.shift)
 
@@ -171,7 +171,7 @@ def salt(cfg, start) -> Training:
             with torch.no_grad():  # the next denser schedule, from the same noise; 2 n of 2 K steps for n of K
                 # twice as many steps for the first chunk, too, where K is at least its minimum
                 longer_first = max(2 * k, cfg.first_steps) // max(k, cfg.first_steps)
-                x_ref = joined(rollout(cfg, net, text, noise, 2 * k, 2 * exit_step + 1,
+                x_ref = joined(rollout(cfg, fast_net, text, noise, 2 * k, 2 * exit_step + 1,
                                        longer_first * (first_exit + 1) - 1))
             metrics["align"], _ = align_loss(features, x0, x_ref, text, t, eps)                     # Salt Eq. 11, 12
             loss = loss + cfg.lambda_align * metrics["align"]                                       # Salt Eq. 13
@@ -180,7 +180,7 @@ def salt(cfg, start) -> Training:
     def critic_step(draw):
         k, exit_step, first_exit, text, noise = draw_rollout(draw)
         with torch.no_grad():
-            x0 = joined(rollout(cfg, net, text, noise, k, exit_step, first_exit))
+            x0 = joined(rollout(cfg, fast_net, text, noise, k, exit_step, first_exit))
         t = draw.mine(score_times(cfg.batch, cfg.frames, cfg.score_shift, draw.g))
         weight = loss_weight(cfg.critic_weight, t, cfg.score_shift)
         return critic_loss(critic, x0, text, t, draw.noise_like(x0, RENOISE), weight)
@@ -363,6 +363,8 @@ def main(cfg: Config) -> list[dict]:
     """Run what the config asks for. Returns the rows of the table (none if stopped before its end, or without a world,
     where nothing can be measured)."""
     check_numbers(cfg)
+    if cfg.device == "cpu":
+        ranks.keep_freed_memory()
     with ranks.setup(cfg.device, cfg.precision, cfg.shard_group_size, cfg.timeout, cfg.check_ranks):
         check(cfg, ranks.world())
         ranks.check_same_flags(asdict(cfg))

@@ -13,6 +13,7 @@ message, too. Under nccl (untested) its watchdog may end the job instead, and on
 rank. Without torchrun an fp32 run has no ranks at all, and the functions here do nothing.
 """
 
+import ctypes
 import hashlib
 import os
 import sys
@@ -51,6 +52,15 @@ control: Control | None = None  # of this process, set by `setup`; None: there a
 
 class RankError(RuntimeError):
     """Ranks that disagree, or a rank that does not answer."""
+
+
+def keep_freed_memory():
+    """Keep the memory that tensors on a CPU leave for the next ones. As it is, glibc gives it back to the system many
+    times in every update, and to get it again costs a page fault for each 4 KiB."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: smaller blocks are parts of the heap
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which is not made smaller
 
 
 @contextmanager

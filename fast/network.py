@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fast.attention import fastest, using
 from flowmap import per_frame, words_and_rows
@@ -194,7 +194,7 @@ class Layer:
         return self.block.after(*of_block)
 
 
-class Fast:
+class Fast(nn.Module):
     """A CausalWan for rollouts.
 
     backend: of attention, a name of fast.attention.BACKENDS; "": the fastest, measured. compiled: torch.compile all but
@@ -205,6 +205,7 @@ class Fast:
     """
 
     def __init__(self, net, backend: str = "", compiled: bool = False):
+        super().__init__()
         self.net, self.config, self.backend, self.backends_used = net, net.config, backend, set()
         self.layers = [Layer(block, compiled) for block in net.blocks]
         self.rope = Rope(self.config.dim // self.config.num_heads, net.patch_embedding.weight.device)
@@ -222,9 +223,14 @@ class Fast:
         """Commit a finished chunk x0 `b f c h w`."""
         self(x0, 0.0, text, cache=cache, commit=True)
 
-    @torch.no_grad()
-    def __call__(self, x: Tensor, t, text, *, cache: Cache, clean: Tensor | None = None, commit=False) -> Tensor | None:
+    def forward(self, x: Tensor, t, text, *, cache: Cache, clean: Tensor | None = None, commit=False) -> Tensor | None:
         """v `b f c h w`, as CausalWan.forward with a cache; with commit, nothing."""
+        # what is made in inference mode no gradient may meet: the clone of v does, and model.py's tables outlive a call
+        with torch.inference_mode() if isinstance(cache, Buffer) else torch.no_grad():
+            v = self.predict(x, t, text, cache, clean, commit)
+        return v if v is None else v.clone()
+
+    def predict(self, x, t, text, cache, clean, commit):
         net, t, (words, rows) = self.net, per_frame(t, x), words_and_rows(text)
         net._check(x, t, words, rows, None, clean, cache, commit)
         f, x_t, t_own, chunks, commits = x.shape[1], x, t, [x.shape[1]], [commit]

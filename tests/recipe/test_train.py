@@ -21,6 +21,7 @@ import wan21.settings
 from cluster import checkpoint
 from cluster.files import read_tensors
 from config import RECIPE, STAGES, WAN, Config, budget, check, parse
+from fast.network import Fast
 from flowmap import Condition
 from model import SIZES, CausalWan
 from stage import build, clip_statistics, ema_decay, optimizer_step, update_ema
@@ -331,12 +332,12 @@ class Numbered(toy.Toy):
 def test_every_network_is_told_the_rows_of_the_frames_it_sees(tmp_path, monkeypatch):
     """Bug: a stage, a guided teacher, a rollout or the table that drops what is told of every frame, tells it to
     another frame or clip, or loses it where the words are replaced by the empty prompt."""
-    world, forward, calls = Numbered(), CausalWan.forward, []
+    world, calls = Numbered(), []
     monkeypatch.setitem(WORLDS, "toy", world)
     monkeypatch.setitem(SIZES, "toy", dataclasses.replace(SIZES["toy"], row_dim=2))
     word_table = toy.Toy().embed(torch.arange(len(toy.PROMPTS))).flatten(1)
 
-    def watched(net, x, t, text, **layout):
+    def watched(forward, net, x, t, text, **layout):
         cache, before = layout.get("cache"), 0
         if cache is not None and layout.get("clean") is not None:
             before = layout["clean"].shape[1]
@@ -350,7 +351,8 @@ def test_every_network_is_told_the_rows_of_the_frames_it_sees(tmp_path, monkeypa
         calls.append(told.all().item())
         return forward(net, x, t, text, **layout)
 
-    monkeypatch.setattr(CausalWan, "forward", watched)
+    for cls in (CausalWan, Fast):
+        monkeypatch.setattr(cls, "forward", lambda *args, of=cls.forward, **layout: watched(of, *args, **layout))
     open_source.cache_clear()  # it holds the world of before
     try:
         cfg = config(tmp_path, bidirectional_steps=2, teacher_forcing_steps=2, trajectory_steps=2, dmd_steps=2,

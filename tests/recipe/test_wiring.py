@@ -24,6 +24,7 @@ from baselines import causal, consistency
 from baselines import whole_clip as whole_clip_module
 from cluster.files import read_tensors, write_tensors
 from config import STAGES, Config, check
+from fast.network import Fast
 from flowmap import per_frame
 from model import SIZES, CausalWan
 from worlds import draws, latent_folder, sources, toy
@@ -287,6 +288,7 @@ class Watch:
         patch.setattr(stage_module, "update_ema", watched_average)
         patch.setattr(stage_module, "optimizer_step", watched_step)
         patch.setattr(CausalWan, "forward", lambda net, *args, **how: self.stub(net, *args, **how))
+        patch.setattr(Fast, "forward", lambda fast, *args, **how: self.stub(fast.net, *args, **how))
 
     def stub(self, net, x, t, text, *, commit=False, num_blocks=None, **layout):
         """A velocity, or features, that depend on all they are made of, and on a weight of the network."""
