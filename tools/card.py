@@ -19,7 +19,6 @@ from torch.nn.attention import sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fast.attention import BACKENDS, using
-from model import attention
 
 
 def sync(device):
@@ -60,7 +59,7 @@ def calibrate(c, tokens: int, seen: int, dtype, device) -> dict:
         return torch.randn(shape, dtype=dtype, device=device)
 
     x, weight, heads, kernels = filled(tokens, c.dim), filled(c.ffn_dim, c.dim), (c.num_heads, c.dim // c.num_heads), {}
-    q, k, v = (filled(1, n, *heads) for n in (tokens, seen, seen))
+    q, k, v = (filled(1, n, *heads).transpose(1, 2) for n in (tokens, seen, seen))
     for name, kernel in BACKENDS.items():
         if (name == "flash3" and (device.type != "cuda" or not find_spec("flash_attn_interface"))
                 or name == "math" and 4 * c.num_heads * tokens * seen > 2e9):  # it writes all scores to memory
@@ -69,7 +68,8 @@ def calibrate(c, tokens: int, seen: int, dtype, device) -> dict:
             warnings.simplefilter("ignore")  # of a kernel that does not run here, all the reasons
             try:
                 with using(name), sdpa_kernel(kernel):  # it alone
-                    kernels[name] = per_second(lambda: attention(q, k, v), 4 * tokens * seen * c.dim, device) / 1e12
+                    kernels[name] = per_second(lambda: F.scaled_dot_product_attention(q, k, v),
+                                               4 * tokens * seen * c.dim, device) / 1e12
             except RuntimeError:
                 pass
     source = torch.zeros(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
@@ -97,13 +97,16 @@ def nvidia_smi(work: Callable, device) -> dict:
 
 class Attentions(TorchDispatchMode):
     """Within this context, the names of PyTorch's fused attention kernels that are called; none where it is computed by
-    matrix products ("math")."""
+    matrix products ("math", and short sequences on a CPU)."""
 
     def __init__(self):
         super().__init__()
         self.names = set()
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op is torch.ops.aten.scaled_dot_product_attention.default:  # in inference mode: not yet which kernel
+            with self:
+                return op.decompose(*args, **(kwargs or {}))
         if "scaled_dot_product" in op.name():
             self.names.add(op.name().removeprefix("aten::_scaled_dot_product_"))
         return op(*args, **(kwargs or {}))

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import close, close_norm
 
 from flowmap import Condition, Guided
-from model import SIZES, CausalWan, WanConfig, rope_angles, rotate, sinusoid, visible
+from model import SIZES, CausalWan, WanConfig, attention, rope_angles, rotate, sinusoid, visible
 
 
 @pytest.mark.parametrize("size, parameters, tensors",
@@ -127,6 +128,17 @@ def test_causality_by_gradient(tiny, layout):
 def test_visible_by_hand(past, chunk, window, sink, seen):
     """Bug: a frame too many or too few, a sink that is seen twice, or not at all where it fills the window."""
     assert visible(past, chunk, window, sink) == seen
+
+
+@pytest.mark.parametrize("queries, keys", [(9, 7), (8, 8), (4, 32), (100, 100), (101, 100)])  # around both bounds
+def test_attention_that_is_written_out_is_pytorchs(queries, keys):
+    """Bug: another scale or a wrong axis in attention of short sequences, with or without gradient."""
+    q, k, v = (torch.randn(2, n, 3, 8, requires_grad=True) for n in (queries, keys, keys))
+    theirs = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    ours, g = attention(q, k, v), torch.randn(2, queries, 3, 8)
+    close(ours, theirs)
+    for a, b in zip(torch.autograd.grad(ours, (q, k, v), g), torch.autograd.grad(theirs, (q, k, v), g)):
+        close(a, b)
 
 
 @pytest.mark.parametrize("layout", ["bidirectional", "chunk", "clean", "cache", "cache and clean"])

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import close
 from test_train import config, logged
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -13,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import train
 from cluster import flops
 from flowmap import Condition
-from model import SIZES, CausalWan, attention
+from model import SIZES, CausalWan
 from rollout import grids
 from tools import bench, card
 
@@ -186,7 +187,10 @@ def test_calibration_is_of_the_shapes_it_names():
     q = torch.randn(1, 8, 2, 16)
     for kernel, names in ((SDPBackend.MATH, set()), (SDPBackend.FLASH_ATTENTION, {"flash_attention_for_cpu"})):
         with torch.no_grad(), sdpa_kernel([kernel]), card.Attentions() as called:
-            attention(q, q, q)
+            F.scaled_dot_product_attention(q, q, q)
+        assert called.names == names
+        with torch.inference_mode(), sdpa_kernel([kernel]), card.Attentions() as called:
+            F.scaled_dot_product_attention(q, q, q)
         assert called.names == names
 
 
