@@ -155,7 +155,8 @@ def score_models(cfg, stage) -> tuple:
 
 
 def for_rollouts(cfg, net):
-    """The same network for rollouts without gradient: fast/network.py, where this rank has all of its weights."""
+    """The same network for rollouts without gradient: as fast/network.py computes it where this rank has all weights.
+    Who changes model.py's layers alone returns net here."""
     return net if dry_run(cfg) or ranks.control else flops.count(Fast(net))
 
 

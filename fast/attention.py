@@ -4,8 +4,8 @@
 
 BACKENDS are their names. A GPU offers several, and which one wins depends on the card, the shape and the version.
 flash is FlashAttention-2, flash3 is FlashAttention-3, where its package `flash_attn_interface` is installed. A CPU has
-one, which PyTorch calls flash, too. They differ by rounding: name one (--attention) for clips that are the same to the
-last bit.
+one, which PyTorch calls flash, too; model.attention does without it for short sequences. They differ by rounding: name
+one (--attention) for clips that are the same to the last bit.
 """
 
 import warnings

@@ -4,9 +4,11 @@
     for chunk in stream(net, noise, text, grid, num_chunks=8): show(chunk.x0)
 
 Fast(net) is called as the network is in a rollout (cache=..., clean=...; append; new_cache) and returns the same
-numbers up to rounding. The network is the reference: tests/equations/test_fast.py compares the two. In every layer of
-every step model.py joins the frames of the past and turns all of their keys by RoPE again, which is how one reads it,
-and what a gradient needs. What is saved here:
+numbers up to rounding. The network is the reference: tests/equations/test_fast.py compares the two. Who changes one of
+them changes both: samples are made here, and so are the clips that Salt's critic learns from (stage.for_rollouts).
+
+In every layer of every step model.py joins the frames of the past and turns all of their keys by RoPE again, which is
+how one reads it, and what a gradient needs. What is saved here:
 
   - The past is one buffer per layer. A frame's keys are turned once, by its position in the clip, and written in place,
     and what a chunk sees is one slice. Attention depends on differences of positions, so where these are counted inside

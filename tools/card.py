@@ -107,7 +107,7 @@ class Attentions(TorchDispatchMode):
         if op is torch.ops.aten.scaled_dot_product_attention.default:  # in inference mode: not yet which kernel
             with self:
                 return op.decompose(*args, **(kwargs or {}))
-        if "scaled_dot_product" in op.name():
+        if "scaled_dot_product" in op.name() and not op.name().endswith("_math"):
             self.names.add(op.name().removeprefix("aten::_scaled_dot_product_"))
         return op(*args, **(kwargs or {}))
 

@@ -213,9 +213,13 @@ def test_tables_of_speed_are_those_of_the_results():
         [r["what"], *(told(r[way]["cpu_seconds"]) for way in ("official", "plain", "fast")),
          f"{r['official']['cpu_seconds'] / r['fast']['cpu_seconds']:.2f}x"] for r in results("official_cpu")["rows"]]
     updates = results("updates_toy_cpu")
-    stages = [[told(s) for s in updates["seconds"][when].values()] + [f"{updates['recipe_minutes'][when]:.1f} min"]
+    stages = [[told(s) for s in updates["seconds"][when].values()]
+              + [f"{updates[f'{what}_minutes'][when]:.1f} min" for what in ("evaluation", "recipe")]
               for when in ("before", "now")]
     assert [row[1:] for row in rows("Training", DOCS["speed"])] == stages
+    for of in ("recipe", "update"):
+        minutes = updates[f"{of}_minutes"]
+        assert f"{minutes['before'] / minutes['now']:.2f} times" in DOCS["speed"]
 
 
 def test_tables_are_those_of_the_results():
