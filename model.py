@@ -165,7 +165,7 @@ def placed(x: Tensor, rope: Tensor | None, camera: Tensor | None) -> Tensor:
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Dense attention, softmax(q k^T / sqrt(dh)) v, of q `b n nh dh`, k and v `b m nh dh` -> `b n nh dh`. The only one
-    in the project. PyTorch's kernel for CPUs is slow for matrices as small as the toy's."""
+    in the project. Without a GPU, PyTorch's kernel is slow for matrices as small as the toy's."""
     q, k, v = (z.transpose(1, 2) for z in (q, k, v))
     if not q.is_cuda and q.dtype == torch.float32 and 64 <= q.shape[2] * k.shape[2] <= 10_000:
         return ((q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v).transpose(1, 2)

@@ -55,7 +55,7 @@ class RankError(RuntimeError):
 
 
 def keep_freed_memory():
-    """Keep the memory that tensors on a CPU leave for the next ones. As it is, glibc gives it back to the system many
+    """Keep the memory that tensors on a CPU leave for the next ones. By default, glibc gives it back to the system many
     times in every update, and to get it again costs a page fault for each 4 KiB."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:

@@ -1,4 +1,4 @@
-"""The rollout of model.py, faster: nothing is computed twice. For generation, without gradient, on one device.
+"""The rollout of model.py, faster: nothing is computed twice. For what needs no gradient, on one device.
 
     net = Fast(net)
     for chunk in stream(net, noise, text, grid, num_chunks=8): show(chunk.x0)
@@ -202,8 +202,8 @@ class Fast(nn.Module):
     backend: of attention, a name of fast.attention.BACKENDS; "": the fastest, measured. compiled: torch.compile all but
     attention, anew for every shape. The network's parameters stay in use, and may be trained meanwhile; they must not
     be moved to other memory (`net.to`), nor may another Fast be made of them while this one is used. A forward forgets
-    what its chunk does not see, so until the next commit all chunks have one length. backends_used: those that ran so
-    far.
+    what its chunk does not see, so until the next commit all chunks have one length. backends_used: those asked
+    for so far (short sequences on a CPU use none, see model.attention).
     """
 
     def __init__(self, net, backend: str = "", compiled: bool = False):
@@ -227,7 +227,8 @@ class Fast(nn.Module):
 
     def forward(self, x: Tensor, t, text, *, cache: Cache, clean: Tensor | None = None, commit=False) -> Tensor | None:
         """v `b f c h w`, as CausalWan.forward with a cache; with commit, nothing."""
-        # what is made in inference mode no gradient may meet: the clone of v does, and model.py's tables outlive a call
+        # A tensor made in inference mode must not meet a gradient. So v is cloned outside of it, and the layout of
+        # model.Cache, which fills a table that training shares (model.rope_table), does without.
         with torch.inference_mode() if isinstance(cache, Buffer) else torch.no_grad():
             v = self.predict(x, t, text, cache, clean, commit)
         return v if v is None else v.clone()
