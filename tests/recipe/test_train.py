@@ -120,39 +120,37 @@ def test_stopped_and_resumed_equals_straight(run, tmp_path):
 def test_rollouts_by_fast_train_as_those_of_the_network(run, monkeypatch):
     """Bug: a critic or a reference that learns from other clips on one rank, where fast/ makes them, than on several;
     or fast/ that no longer follows the weights that are trained, or takes them out of the optimizer's reach."""
-    cfg, ends, used = config(run[0]), [], []
+    cfg, ends, used = config(run[0], dmd_lr=0.01), [], []
     monkeypatch.setattr(Fast, "forward", lambda *args, of=Fast.forward, **layout: used.append(1) or of(*args, **layout))
     for by_fast in (True, False):
         if not by_fast:
             monkeypatch.setattr(train, "for_rollouts", lambda cfg, net: net)
         training, used[:] = train.begin(cfg, "salt"), []
-        for step in range(3):
+        for step in range(4):
             training.update(step)
         assert bool(used) == by_fast
-        ends.append({f"{name}/{k}": w for name in training.nets for k, w in training.nets[name].state_dict().items()})
-    start = train.begin(cfg, "salt").nets
-    for k, w in ends[0].items():
-        name, weight = k.split("/")
-        moved = (ends[1][k] - start[name].state_dict()[weight]).norm()
-        assert (w - ends[1][k]).norm() <= 0.02 * moved, k
-        assert moved > 0, k
+        ends.append({name: torch.cat([p.detach().flatten() for p in net.parameters()])
+                     for name, net in training.nets.items()})
+    for name, net in train.begin(cfg, "salt").nets.items():
+        moved = (ends[1][name] - torch.cat([p.detach().flatten() for p in net.parameters()])).norm()
+        assert (ends[0][name] - ends[1][name]).norm() <= 1e-3 * moved, name
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the C library of Linux")
 def test_freed_memory_is_kept():
     """Bug: memory that is given back after every update, and costs page faults in the next."""
     program = """
-import resource, sys, torch
+import resource, torch
 from cluster.ranks import keep_freed_memory
-if sys.argv[1:]: keep_freed_memory()
+keep_freed_memory()
 for i in range(60):
     if i == 10: before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    several = [torch.zeros(2_000_000) for _ in range(3)]
+    several = [torch.zeros(100_000) for _ in range(100)]
     del several
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
-    given_back, kept = (int(subprocess.run([sys.executable, "-c", program, *how], cwd=ROOT, check=True, text=True,
-                                           capture_output=True).stdout) for how in ((), ("keep",)))
-    assert kept < given_back / 10
+    faults = int(subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, text=True,
+                                capture_output=True).stdout)
+    assert faults < 5000  # all of it anew: 490,000
 
 
 def test_stop_after_a_time(tmp_path):
