@@ -103,7 +103,7 @@ SIZES = {
                      text_dim=16, text_len=2, family="toy"),
     "toy_large": WanConfig(dim=192, ffn_dim=768, num_heads=8, num_layers=6, in_dim=3, patch_size=(1, 5, 5), freq_dim=64,
                            text_dim=16, text_len=2, family="toy"),  # a teacher for --teacher-size
-    # 6 tokens of 16 x 4 RGB pixels per frame (worlds/room.py). It predicts x_0: 192 values of noise > 128 channels
+    # 6 tokens of 16 x 4 RGB pixels (worlds/room.py). It predicts x_0: 128 channels cannot hold 192 values of noise
     "room": ROOM, **{f"room_{kind}": replace(ROOM, camera=kind) for kind in ("frame", "prope", "unseen")},
     "wan_tiny": WanConfig(dim=192, ffn_dim=768, num_heads=4, num_layers=4),  # Wan's latents and text, to try things out
     "wan1.3b": WanConfig(),

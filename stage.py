@@ -155,8 +155,8 @@ def score_models(cfg, stage) -> tuple:
 
 
 def for_rollouts(cfg, net):
-    """The same network for rollouts without gradient: as fast/network.py computes it where this rank has all weights
-    (fp32 without torchrun). If you change model.py's layers but not fast/, return net here."""
+    """The same network for rollouts without gradient: as fast/network.py computes it, where this rank has all weights
+    (fp32 without torchrun) and nothing is compiled. If you change model.py's layers but not fast/, return net here."""
     return net if dry_run(cfg) or ranks.control or cfg.compile else flops.count(Fast(net))
 
 

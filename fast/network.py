@@ -1,4 +1,4 @@
-"""The rollout of model.py, faster: nothing is computed twice. For what needs no gradient, on one device.
+"""The rollout of model.py, faster: nothing is computed twice. For rollouts without gradient, on one device.
 
     net = Fast(net)
     for chunk in stream(net, noise, text, grid, num_chunks=8): show(chunk.x0)
@@ -202,8 +202,8 @@ class Fast(nn.Module):
     backend: of attention, a name of fast.attention.BACKENDS; "": the fastest, measured. compiled: torch.compile all but
     attention, anew for every shape. The network's parameters stay in use, and may be trained meanwhile; they must not
     be moved to other memory (`net.to`), nor may another Fast be made of them while this one is used. A forward forgets
-    what its chunk does not see, so until the next commit all chunks have one length. backends_used: those asked
-    for so far (short sequences on a CPU use none, see model.attention).
+    what its chunk does not see, so until the next commit all chunks have one length. backends_used: those asked for so
+    far (short sequences on a CPU use none, see model.attention).
     """
 
     def __init__(self, net, backend: str = "", compiled: bool = False):
